@@ -1,0 +1,1 @@
+"""Policies (scripted, human, local models) and the rollout that lets them act."""

@@ -1,0 +1,1 @@
+"""Algorithms: filters, supervised fine-tuning and SWiRL, one readable file each."""

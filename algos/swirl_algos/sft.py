@@ -1,0 +1,82 @@
+"""Supervised fine-tuning on trajectories: the warm start, and the paper's comparison (section 4.5).
+
+    L = -(1/|A|) sum_{t in A} log pi(a_t | everything before)
+
+over the action tokens A of a batch of trajectories; prompt, tool and template tokens are masked. A trajectory is one row:
+it is append-only, so all of its actions are learned in one pass.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from swirl_agents.rendering import Renderer
+from swirl_algos.optimize import Optimizer, TrainingError
+from swirl_env.types import Message, Trajectory, Transcript
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """How to imitate."""
+
+    learning_rate: float = 1e-4
+    """peak learning rate of AdamW"""
+    epochs: int = 1
+    """passes over the trajectories"""
+    batch_size: int = 4
+    """trajectories an update"""
+
+
+def finished(trajectory: Trajectory) -> Transcript:
+    """The transcript of a whole trajectory, its last action included."""
+    last = trajectory.steps[-1]
+    ids = None if last.tokens is None else last.tokens.action_ids
+    return Transcript((*trajectory.states()[-1].messages, Message("assistant", last.action.text, ids)))
+
+
+def train(
+    model, tokenizer, trajectories: Sequence[Trajectory], config: SftConfig, *, seed: int = 0,
+    log: Callable[[dict], None] = lambda metrics: None,
+) -> None:  # fmt: skip
+    """Fine-tune `model` in place.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        trajectories: what to imitate.
+        config: learning rate, epochs, batch size.
+        seed: of the order of the trajectories.
+        log: called once an update with `update`, `loss` (nats a token), `gradient_norm`, `tokens`.
+
+    Raises:
+        TrainingError: there is nothing to learn from, or the loss is not finite.
+    """
+    renderer = Renderer(tokenizer)
+    encoded = [renderer.encode(finished(trajectory)) for trajectory in trajectories if trajectory.steps]
+    context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    fitting = [one for one in encoded if len(one.ids) <= context]
+    if not fitting:
+        raise TrainingError(f"No trajectory to imitate: {len(trajectories)} given, {len(encoded) - len(fitting)} too long.")
+    order = np.random.default_rng(seed)
+    batches = []
+    for _ in range(config.epochs):
+        shuffled = [fitting[i] for i in order.permutation(len(fitting))]
+        batches += [shuffled[i : i + config.batch_size] for i in range(0, len(shuffled), config.batch_size)]
+    optimizer = Optimizer(model, config.learning_rate, len(batches))
+    model.train()
+    for update, batch in enumerate(batches):
+        targets = sum(end - start for one in batch for start, end in one.spans)
+        total = 0.0
+        for one in batch:
+            at = torch.tensor([t for start, end in one.spans for t in range(start, end)], device=model.device)
+            ids = torch.tensor(one.ids, device=model.device).long()[None]
+            logits = model(ids, use_cache=False, logits_to_keep=at - 1).logits[0].float()
+            loss = torch.nn.functional.cross_entropy(logits, ids[0, at], reduction="sum") / targets
+            loss.backward()
+            total += float(loss.detach())
+        norm = optimizer.step(total)
+        log({"update": update, "updates": len(batches), "loss": total, "gradient_norm": norm, "tokens": targets,
+             "too_long": len(encoded) - len(fitting)})  # fmt: skip
+    model.eval()

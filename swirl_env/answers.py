@@ -1,0 +1,75 @@
+"""The official metrics as pure functions.
+
+HotPotQA (and CofCA): `hotpot_evaluate_v1.py`. GSM8K: numeric equality of the one number an answer holds.
+"""
+
+import re
+import string
+from collections import Counter
+from fractions import Fraction
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalize(text: str) -> str:
+    """Lower case, without punctuation and English articles, single spaces (HotPotQA `normalize_answer`)."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, gold: str) -> float:
+    """1.0 if both normalise to the same text, else 0.0. A gold that normalises to nothing must match as written."""
+    left, right = normalize(prediction), normalize(gold)
+    return float(left == right if right else prediction.strip() == gold.strip())
+
+
+def precision_recall_f1(prediction: str, gold: str) -> tuple[float, float, float]:
+    """Token precision, recall and F1 over normalised text (HotPotQA `f1_score`).
+
+    Where either side is `yes`, `no` or `noanswer`, anything but equality scores zero.
+    """
+    left, right = normalize(prediction), normalize(gold)
+    if left != right and {left, right} & {"yes", "no", "noanswer"}:
+        return 0.0, 0.0, 0.0
+    left_tokens, right_tokens = left.split(), right.split()
+    common = sum((Counter(left_tokens) & Counter(right_tokens)).values())
+    if not common:
+        return 0.0, 0.0, 0.0
+    precision, recall = common / len(left_tokens), common / len(right_tokens)
+    return precision, recall, 2 * precision * recall / (precision + recall)
+
+
+def f1(prediction: str, gold: str) -> float:
+    """Token F1 of `precision_recall_f1`."""
+    return precision_recall_f1(prediction, gold)[2]
+
+
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
+_NUMBER = re.compile(rf"(?<![\w.])(-?)\s?[$€£]?\s?(-?)((?:{_DIGITS})(?:e[+-]?\d{{1,3}}\b)?)(?:\s?/\s?((?:{_DIGITS})))?", re.I)
+
+
+def parse_number(text: str) -> Fraction | None:
+    """The one number a text holds, or `None` if it holds none or several.
+
+    Reads `1,234`, `$1,000`, `72.`, `-3`, `3/4`, `50%` (as 50) and units (`72 km`); of an equation, the right side.
+    """
+    text = text.replace("\u2212", "-").rsplit("=", 1)[-1]
+    found = list(_NUMBER.finditer(text))
+    if len(found) != 1 or len(found[0][3]) > 400:
+        return None
+    minus, minus_too, digits, below = found[0].groups()
+    value = Fraction(digits.replace(",", "").rstrip("."))
+    if below is not None:
+        divisor = Fraction(below.replace(",", "").rstrip("."))
+        if not divisor:
+            return None
+        value /= divisor
+    return -value if bool(minus) != bool(minus_too) else value
+
+
+def numeric_equal(prediction: str, gold: str) -> float:
+    """1.0 if both hold exactly one number and the numbers are equal (relative 1e-9), else 0.0 (GSM8K)."""
+    left, right = parse_number(prediction), parse_number(gold)
+    if left is None or right is None:
+        return 0.0
+    return float(abs(left - right) <= abs(right) * Fraction(1, 10**9))

@@ -1,0 +1,211 @@
+"""`ToolEnv`: one Gymnasium environment runs every task set.
+
+An action is a string: a thought, tool calls or an answer in the env's grammar. The observation is the text so far with
+tool results appended; `info["transcript"]` is the same as messages. Each step earns the judge's process reward.
+A malformed action, an unknown tool, wrong arguments or a tool error is an observation that says what to write instead.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.error import ResetNeeded
+
+from swirl_env.errors import ConfigError, UnknownArgumentError, UnknownNameError, near
+from swirl_env.grammar import Grammar
+from swirl_env.judges import ask, make_judge
+from swirl_env.judges.base import load_object
+from swirl_env.spaces import Unicode
+from swirl_env.tasks import load_tasks
+from swirl_env.tools import Search, calculator, call_tool, make_tool
+from swirl_env.tools.base import function_schema
+from swirl_env.types import EnvRecord, Message, Step, StepView, StopReason, Task, Tool, Transcript
+
+REWARDS = ("process", "outcome", "both")
+SEARCH_KEYS = ("backend", "k", "corpus")
+
+
+class ToolEnv(gym.Env[str, str]):
+    """Question answering with tools. All arguments are JSON, so that `env.spec` survives; live objects come by wrapper.
+
+    Args:
+        tasks: the task set, such as `gsm8k` (set by the registered id).
+        split: `train` or `test`.
+        path: an official file of the task set; `None`: the bundled tasks.
+        tools: names (`calculator`, `search`) or `"module:attribute"`.
+        judge: `"rules"`, `"module:attribute"`, or `None` for no process reward.
+        reward: `process` (each step's score), `outcome` (the official metric, at the end) or `both`
+            (`outcome_weight` x outcome + (1 - `outcome_weight`) x process).
+        outcome_weight: in [0, 1], for `reward="both"`.
+        grammar: `default` or `paper`.
+        search: `{"backend": "bm25", "k": 1, "corpus": FILE}`, each optional; a string is the back end.
+        max_steps: actions an episode may take; every action counts, malformed ones too.
+        malformed_limit: malformed actions after which the episode is truncated; `None`: no limit.
+        render_mode: `None` or `ansi`.
+
+    Raises:
+        ConfigError: a value that cannot work; `UnknownArgumentError` names the near match of a misspelt keyword.
+        DataError: the file at `path` is missing or broken, with the place.
+    """
+
+    metadata = {"render_modes": ["ansi"]}
+
+    def __init__(
+        self,
+        tasks: str,
+        *,
+        split: str = "train",
+        path: str | None = None,
+        tools: Sequence[str] = (),
+        judge: str | None = "rules",
+        reward: str = "process",
+        outcome_weight: float = 0.5,
+        grammar: str = "default",
+        search: dict[str, Any] | str | None = None,
+        max_steps: int = 5,
+        malformed_limit: int | None = None,
+        render_mode: str | None = None,
+        **unknown: Any,
+    ):
+        if unknown:
+            raise UnknownArgumentError(
+                f"{', '.join(map(repr, unknown))} is no argument of this environment.{near(next(iter(unknown)), _KWARGS)}"
+            )
+        if reward not in REWARDS:
+            raise UnknownNameError(f"reward={reward!r} is not known.{near(reward, REWARDS)}")
+        if reward != "outcome" and judge is None:
+            raise ConfigError(f"reward={reward!r} needs a judge: give judge='rules', or reward='outcome'.")
+        if not 0 <= outcome_weight <= 1:
+            raise ConfigError(f"outcome_weight must lie in [0, 1], got {outcome_weight!r}.")
+        for name, value in (("max_steps", max_steps), ("malformed_limit", malformed_limit)):
+            if (value is not None or name == "max_steps") and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        if render_mode not in (None, "ansi"):
+            raise ConfigError(f"render_mode must be None or 'ansi', got {render_mode!r}.")
+        self.observation_space, self.action_space = Unicode(), Unicode()
+        self.render_mode, self.reward, self.outcome_weight = render_mode, reward, outcome_weight
+        self.max_steps, self.malformed_limit = max_steps, malformed_limit
+        self.task_set = load_tasks(tasks, split, path)
+        self.judge = None if judge is None else make_judge(judge)
+        self.grammar = Grammar(grammar, [_make_named_tool(name, search) for name in tools])
+        self._task_ids = list(self.task_set.tasks)
+        self._kwargs = {
+            "split": split, "path": path, "tools": list(tools), "judge": judge, "reward": reward,
+            "outcome_weight": outcome_weight, "grammar": grammar, "search": search, "max_steps": max_steps,
+            "malformed_limit": malformed_limit,
+        }  # fmt: skip
+        self._done = True
+        self.task: Task | None = None
+        self.steps: list[Step] = []
+        self.stop: StopReason | None = None
+        """Why the last episode ended."""
+
+    @property
+    def tools(self) -> dict[str, Tool]:
+        """The live tools by name."""
+        return self.grammar.tools
+
+    def add_tool(self, tool: Any) -> None:
+        """Offer one more tool (a `Tool` or a typed, documented function) from the next reset on."""
+        self.grammar = Grammar(self.grammar.dialect.name, [*self.tools.values(), make_tool(tool)])
+
+    @property
+    def record(self) -> EnvRecord:
+        """What a trajectory says of this environment."""
+        schemas = tuple(function_schema(tool) for tool in self.tools.values())
+        name = self.spec.id if self.spec is not None else self.task_set.name
+        return EnvRecord(name, dict(self._kwargs), self.grammar.dialect.name, schemas)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+        """Begin an episode: a task drawn from the env's own generator, or `options={"task_id": ...}`.
+
+        Raises:
+            UnknownNameError: no task has that id, or an option is not known.
+        """
+        super().reset(seed=seed)
+        options = options or {}
+        if set(options) - {"task_id"}:
+            raise UnknownNameError(f"reset() takes the option 'task_id', got {', '.join(map(repr, options))}.")
+        task_id = options.get("task_id")
+        if task_id is None:
+            task_id = self._task_ids[int(self.np_random.integers(len(self._task_ids)))]
+        if task_id not in self.task_set.tasks:
+            raise UnknownNameError(
+                f"No task has the id {task_id!r}. There are {len(self._task_ids)}, such as {self._task_ids[0]!r}; "
+                "all are in env.unwrapped.task_set.tasks."
+            )
+        self.task = self.task_set.tasks[task_id]
+        for tool in self.tools.values():
+            if hasattr(tool, "bind"):
+                tool.bind(self.task_set.documents(task_id))  # type: ignore[attr-defined]
+        prompt = self.grammar.prompt(self.task_set.instruction, self.task.question, self.max_steps)
+        self.transcript = Transcript((Message("user", prompt),), self.grammar.stop)
+        self._text = prompt
+        self.steps, self.stop, self._done, self._malformed = [], None, False, 0
+        return self._text, {"task_id": task_id, "transcript": self.transcript, "step": None}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Take one action. Whatever the string holds, this returns; what is wrong with it stands in the observation."""
+        if self._done or self.task is None:
+            raise ResetNeeded("The episode is over (or has not begun): call reset() before step().")
+        parsed = self.grammar.parse(action)
+        results = tuple(call_tool(self.tools, call) for call in parsed.calls)
+        left = self.max_steps - len(self.steps) - 1
+        self._malformed += parsed.malformed is not None
+        if parsed.answer is not None:
+            self.stop = "answered"
+        elif any(result.error == "crash" for result in results):
+            self.stop = "error"
+        elif self._malformed == self.malformed_limit:
+            self.stop = "malformed_limit"
+        elif left == 0:
+            self.stop = "step_limit"
+        self._done = self.stop is not None
+        observation = "" if self._done else self.grammar.observation(parsed, results, left)
+        verdict = None
+        if self.judge is not None:
+            view = StepView(self.task.question, tuple(self.steps), parsed, left, self.task, results)
+            verdict = ask(self.judge, [view])[0]
+        self.steps.append(Step(parsed, results, observation))
+        said = (Message("assistant", parsed.text),) + (() if self._done else (Message("user", observation),))
+        self.transcript = Transcript(self.transcript.messages + said, self.grammar.stop)
+        self._text = "\n".join((self._text, *(message.content for message in said)))
+        info = {
+            "task_id": self.task.id,
+            "transcript": self.transcript,
+            "step": Step(parsed, results, observation, verdict),
+        }
+        process = 0.0 if verdict is None or verdict.score is None else verdict.score
+        outcome = 0.0
+        if self._done:
+            info["outcome"] = outcome = self.task_set.outcome(self.task, parsed.answer)
+        reward = {
+            "process": process,
+            "outcome": outcome,
+            "both": self.outcome_weight * outcome + (1 - self.outcome_weight) * process,
+        }[self.reward]
+        terminated = self.stop == "answered"
+        return self._text, float(reward), terminated, self._done and not terminated, info
+
+    def render(self) -> str | None:  # type: ignore[override]
+        """The transcript as text, in `ansi` mode."""
+        return self._text if self.render_mode == "ansi" and self.task is not None else None
+
+
+_KWARGS = [name for name in ToolEnv.__init__.__kwdefaults__ if name != "render_mode"]
+
+
+def _make_named_tool(name: str, search: dict[str, Any] | str | None) -> Tool:
+    if name == "calculator":
+        return calculator
+    if name == "search":
+        settings = {"backend": search} if isinstance(search, str) else dict(search or {})
+        for key in set(settings) - set(SEARCH_KEYS):
+            raise UnknownNameError(f"search= has no setting {key!r}.{near(key, SEARCH_KEYS)}")
+        backend = settings.pop("backend", "bm25")
+        if backend != "bm25":
+            raise UnknownNameError(f"No search back end is called {backend!r}.{near(backend, ['bm25'])}")
+        return Search(**settings)
+    if isinstance(name, str) and ":" in name:
+        return make_tool(load_object(name, "tool"))
+    raise UnknownNameError(f"No tool is called {name!r}.{near(name, ['calculator', 'search'])} Your own: 'module:attribute'.")

@@ -1,0 +1,143 @@
+"""JSONL in and out. Files are append-only: one record a line, each written whole by one system call.
+
+A process killed while writing leaves at most one torn last line; the next writer cuts it off, the next reader
+skips it. Everything before it is kept. Unknown keys, wrong types and a newer schema are errors that name the line.
+"""
+
+import gzip
+import json
+import os
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from swirl_env.errors import DataError
+from swirl_env.types import SCHEMA
+
+Record = TypeVar("Record")
+
+
+@cache
+def _adapter(record_type: type) -> TypeAdapter:
+    return TypeAdapter(record_type)
+
+
+def dumps(record: Any) -> str:
+    """A record as one line of JSON."""
+    data = _adapter(type(record)).dump_python(record, mode="json")
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate (half an emoji, cut by a tokenizer) has no UTF-8 form
+        text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return text
+
+
+def loads(record_type: type[Record], line: str, where: str = "record") -> Record:
+    """One line of JSON -> record. Raises `DataError` naming the place, the field and what came."""
+    try:
+        data = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: expected one JSON object a line, got {line[:60]!r} ({error}).") from None
+    if isinstance(data, dict) and isinstance(data.get("schema"), int) and data["schema"] > SCHEMA:
+        raise DataError(f"{where}: schema {data['schema']} is newer than {SCHEMA}. Update swirl-env to read this file.")
+    try:
+        return _adapter(record_type).validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the record"
+        message = f"{where}: {place}: {first['msg']}, got {str(first['input'])[:60]!r}."
+        raise DataError(f"{message} Expected a {record_type.__name__}.") from None
+
+
+def read(path: str | Path, record_type: type[Record]) -> Iterator[Record]:
+    """The records of a file, one at a time; a torn last line is skipped. A missing file holds none."""
+    path = Path(path)
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", newline="\n") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.endswith("\n") and line.strip():
+                yield loads(record_type, line, f"{path}:{number}")
+
+
+class Writer(Generic[Record]):
+    """Appends records to a file; each call of `write` leaves a whole line or none."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._cut_torn_line()
+
+    def _cut_torn_line(self) -> None:
+        size = keep = os.fstat(self._file).st_size
+        while keep:
+            start = max(0, keep - 65536)
+            newline = os.pread(self._file, keep - start, start).rfind(b"\n")
+            if newline >= 0:
+                keep = start + newline + 1
+                break
+            keep = start
+        if keep < size:
+            os.ftruncate(self._file, keep)
+
+    def write(self, record: Record) -> None:
+        data = (dumps(record) + "\n").encode()
+        start = os.fstat(self._file).st_size
+        try:
+            done = 0
+            while done < len(data):
+                done += os.write(self._file, data[done:])
+        except OSError as error:
+            os.ftruncate(self._file, start)
+            raise OSError(
+                error.errno, f"{self.path}: {error.strerror}. Every record before this one is kept; make room and run again"
+            ) from error
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def __enter__(self) -> "Writer[Record]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_official(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """(place, row) of a data set's official file: a JSON array, `{"data": [...]}` or JSONL, each also gzip-compressed."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"There is no file {path}. Give path= the official file of this data set, or leave it out.")
+    try:
+        raw = path.read_bytes()
+        if raw[:2] == b"\x1f\x8b":
+            raw = gzip.decompress(raw)
+        text = raw.decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: expected UTF-8 JSON or JSONL, plain or gzip: {error}.") from None
+    if path.name.removesuffix(".gz").endswith(".jsonl"):
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                yield f"{path}:{number}", _json(line, f"{path}:{number}")
+        return
+    rows = _json(text, str(path))
+    if isinstance(rows, dict):
+        rows = rows.get("data")
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: expected a JSON array of records (or JSONL in a file called *.jsonl).")
+    for number, row in enumerate(rows):
+        yield f"{path}[{number}]", row
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON: {error}. Is the file complete?") from None
+    except RecursionError:
+        raise DataError(f"{where}: JSON nested too deeply.") from None

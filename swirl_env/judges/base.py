@@ -1,0 +1,76 @@
+"""How a judge is named, asked, and shown a recorded trajectory."""
+
+import math
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+from swirl_env.errors import ConfigError, UnknownNameError, near
+from swirl_env.types import Judge, StepView, Trajectory, Verdict
+
+BY_NAME = {"rules": "swirl_env.judges.rules:RulesJudge"}
+
+
+def load_object(name: str, what: str) -> Any:
+    """The object behind `module:attribute`. Raises `ConfigError` that says which half was not found."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except ImportError as error:
+        raise ConfigError(f"{what} {name!r}: cannot import {module!r} ({error}). Is it on PYTHONPATH?") from error
+    except AttributeError:
+        raise UnknownNameError(
+            f"{what} {name!r}: the module {module} has no {attribute!r}.{near(attribute, dir(import_module(module)))}"
+        ) from None
+
+
+def make_judge(name: str) -> Judge:
+    """A judge by name (`rules`) or as `module:attribute`, where the attribute is a judge or a class of judges."""
+    if not isinstance(name, str):
+        raise ConfigError(f"judge= takes a name such as 'rules' or 'module:attribute', got {name!r}.")
+    if name not in BY_NAME and ":" not in name:
+        raise UnknownNameError(f"No judge is called {name!r}.{near(name, BY_NAME)} Your own: 'module:attribute'.")
+    judge = load_object(BY_NAME.get(name, name), "judge")
+    judge = judge() if isinstance(judge, type) else judge
+    if not callable(judge) or not isinstance(getattr(judge, "name", None), str):
+        raise ConfigError(f"{name!r} is not a judge: expected a callable with a `name`, got {judge!r}.")
+    return judge
+
+
+def ask(judge: Judge, batch: list[StepView]) -> list[Verdict]:
+    """The judge's verdicts, checked. A judge that crashes or breaks its promise yields unknown, never 0."""
+    allowed = batch if getattr(judge, "uses_gold", False) else [replace(v, task=None, results=None) for v in batch]
+    try:
+        verdicts = judge(allowed)
+        if len(verdicts) != len(batch):
+            raise ValueError(f"expected {len(batch)} verdicts, got {len(verdicts)}")
+    except Exception as error:
+        return [Verdict(None, f"the judge failed: {type(error).__name__}: {error}", judge.name)] * len(batch)
+    return [verdict if _valid(verdict) else _unknown(verdict, judge.name) for verdict in verdicts]
+
+
+def _valid(verdict: Any) -> bool:
+    if not isinstance(verdict, Verdict):
+        return False
+    score = verdict.score
+    return score is None or (isinstance(score, (int, float)) and math.isfinite(score) and 0 <= score <= 1)
+
+
+def _unknown(verdict: Any, name: str) -> Verdict:
+    return Verdict(None, f"expected a Verdict with a score in [0, 1] or None, got {verdict!r}"[:300], name)
+
+
+def views(trajectory: Trajectory) -> list[StepView]:
+    """What a judge was shown at each step, rebuilt from the record: judging now and then gives equal verdicts."""
+    bare = tuple(replace(step, verdict=None, tokens=None) for step in trajectory.steps)
+    limit = trajectory.env.kwargs.get("max_steps")
+    return [
+        StepView(
+            trajectory.task.question, bare[:i], step.action,
+            None if limit is None else limit - i - 1,
+            trajectory.task, step.results,
+        )
+        for i, step in enumerate(bare)
+    ]  # fmt: skip
+
+

@@ -1,0 +1,354 @@
+"""The `rules` judge: scores a step by rules, without a model and without the gold answer.
+
+In the spirit of the paper's judge (section 2.1, appendix E): is this step reasonable given what has been shown? GOOD is
+a score of at least 0.5. Because the score is a reward, each rule also closes a way to farm it.
+
+Thought        0.5 if it says something new and every equation in it holds; the second in a row scores 0.
+Malformed      0.
+Any call       0 on the last step (its result could never be used) or if its evidence is already shown.
+Calculation    evaluates; is not a lone number, and not an operation that changes nothing; is new; its numbers come from
+               the question (digits, number words, percentages, units), an earlier result or small constants; and where
+               three results wait unused it uses one of them.
+Search         holds a word; is new (not the words of an earlier query, nor the title of a paragraph already shown); at
+               least half of its content words come from the question or the evidence; from the fourth query on,
+               one of them from the evidence.
+Answer         0 before any evidence. After calculations: the latest result, also rounded as written. After searches:
+               `yes` or `no` exactly where the question asks for one, and only after two paragraphs that the question
+               names; else words that stand together in a paragraph, at most twelve, that do not merely repeat the
+               question (unless it offers a choice), and hold a number where the question asks for one. Number words
+               and digits are equal.
+
+What it cannot see: whether a sound calculation is the right one, or a grounded answer the asked one.
+"""
+
+import ast
+import math
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+from swirl_env import answers, numerals
+from swirl_env.errors import ToolError
+from swirl_env.tools.calculator import evaluate, parse, tidy, value_of
+from swirl_env.tools.search import words
+from swirl_env.types import Step, StepView, ToolCall, Verdict
+
+NAME = "rules@1"
+
+_STOP = frozenset(
+    "a an and any are as at be been being by did do does for from had has have he her his how i if in into is it its "
+    "many me much my no not of on or our she so than that the their them then there these they this those to was we "
+    "were what when where which who whom whose why will with would you your".split()
+)
+_POLAR = re.compile(r"\b(?:is|are|was|were|do|does|did|has|have|had|can|could|will|would|should)\b", re.I)
+_WH = re.compile(r"\b(?:what|which|who|whom|whose|where|when|how|why|name)\b", re.I)
+_CHOICE = re.compile(r"\bor\b|\bbetween\b|\bout of\b|\bof the two\b|\b\w+(?:er|est)\b.*,|\b(?:first|more|most|both)\b", re.I)
+_ASKS_NUMBER = re.compile(r"\bhow (?:many|much|old|long|tall|far|large|high)\b|\b(?:what|which) year\b", re.I)
+_EQUATION = re.compile(r"(?<![\w.])([\d.,()$\s+*/x×÷-]{3,80})=\s?\$?(-?[\d,]*\.?\d+)")
+
+
+def _verdict(score: float, reason: str) -> Verdict:
+    return Verdict(score, reason, NAME)
+
+
+class RulesJudge:
+    """Deterministic and stateless; see the module's text for the rules."""
+
+    name = NAME
+    uses_gold = False
+
+    def __call__(self, views: list[StepView]) -> list[Verdict]:
+        return [_judge(view) for view in views]
+
+
+def _judge(view: StepView) -> Verdict:
+    action = view.action
+    if action.malformed is not None:
+        return _verdict(0.0, f"malformed: {action.malformed}")
+    if wrong := wrong_equation(action.thought):
+        return _verdict(0.0, f"the thought says {wrong!r}, which does not hold")
+    if action.answer is not None:
+        return _answer(view, action.answer)
+    if view.steps_left == 0:
+        return _verdict(0.0, "the last step, and not an answer")
+    if not action.calls:
+        return _thought(view)
+    earlier = _evidence(view.steps)
+    verdicts = []
+    for call in action.calls:
+        if "expression" in call.arguments:
+            verdicts.append(_calculation(view.question, earlier, call))
+        elif "query" in call.arguments and call.name != "sql":
+            verdicts.append(_query(view.question, earlier, call))
+        else:
+            verdicts.append(_other(earlier, call))
+        earlier.append(_Shown(call, None))  # a repeat inside one action is a repeat
+    return min(verdicts, key=lambda verdict: verdict.score or 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """An earlier call and what it returned; `None`: nothing yet, or an error."""
+
+    call: ToolCall
+    text: str | None
+
+    @property
+    def result(self) -> float | None:
+        """The value of a calculation."""
+        return _float(self.text) if self.text is not None and "expression" in self.call.arguments else None
+
+
+def _evidence(steps: tuple[Step, ...]) -> list[_Shown]:
+    return [
+        _Shown(call, result.text if result.error is None else None)
+        for step in steps
+        for call, result in zip(step.action.calls, step.results, strict=True)
+    ]
+
+
+# -- thoughts
+
+
+def wrong_equation(text: str) -> str | None:
+    """The first written equation that is false (`48 / 2 = 25`), allowing for rounding as written; else `None`."""
+    if "=" not in text:
+        return None
+    for match in _EQUATION.finditer(text[:10_000]):
+        left = match[1].strip(" ,.$")
+        if not re.search(r"[\d)]\s*[-+*/x×÷]\s*[\d$(.]", left):
+            continue
+        try:
+            value = float(evaluate(left))
+        except (ToolError, OverflowError):
+            continue
+        if not _rounds_to(value, match[2].replace(",", "")):
+            return match[0].strip()
+    return None
+
+
+def _thought(view: StepView) -> Verdict:
+    before = view.steps[-1].action if view.steps else None
+    if before is not None and not before.calls:
+        return _verdict(0.0, "a second step in a row without a call")
+    said = content(view.question).union(*(content(step.action.thought) for step in view.steps))
+    thought = content(view.action.thought)
+    if len(thought) < 2 or thought <= said:
+        return _verdict(0.0, "the thought says nothing new")
+    return _verdict(0.5, "a new thought")
+
+
+# -- calculations
+
+
+@dataclass(frozen=True, slots=True)
+class _Expression:
+    form: str
+    """The same for expressions that differ by order only."""
+    literals: tuple[tuple[str, float], ...]
+    """Each number as written and its value."""
+    changes: bool
+    """False for a lone number and for operations that change nothing (x + 0, x * 1)."""
+
+
+@lru_cache(maxsize=4096)
+def _read(expression: str) -> _Expression | str:
+    """What an expression is, or the sentence that refuses it."""
+    try:
+        tree = parse(expression)
+        value = float(value_of(tree))
+    except ToolError as refusal:
+        return str(refusal)
+    except OverflowError:
+        value = math.inf
+    text = tidy(expression)
+    literals = tuple(
+        (text[node.col_offset : node.end_col_offset], numerals.key(float(node.value)))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and node.value < 1e300
+    )
+    telling = [number for _, number in literals if number not in (0.0, 1.0)]
+    changes = len(literals) > 1 and not (len(telling) == 1 and telling[0] == numerals.key(abs(value)))
+    return _Expression(_form(tree), literals, changes)
+
+
+def _form(node: ast.expr) -> str:
+    if isinstance(node, ast.BinOp):
+        parts = [_form(node.left), _form(node.right)]
+        if isinstance(node.op, (ast.Add, ast.Mult)):
+            parts.sort()
+        return f"({parts[0]} {type(node.op).__name__} {parts[1]})"
+    if isinstance(node, ast.Constant):
+        return f"{float(node.value):.12g}" if node.value < 1e300 else str(node.value)
+    return ast.dump(node)
+
+
+def _calculation(question: str, earlier: list[_Shown], call: ToolCall) -> Verdict:
+    expression = _read(str(call.arguments["expression"]))
+    if isinstance(expression, str):
+        return _verdict(0.0, f"does not evaluate: {expression}")
+    if not expression.changes:
+        return _verdict(0.0, "calculates nothing: a lone number, or an operation that changes nothing")
+    calculations = [(shown, _read(str(shown.call.arguments.get("expression", "")))) for shown in earlier]
+    calculations = [(shown, read) for shown, read in calculations if isinstance(read, _Expression)]
+    if any(read.form == expression.form for _, read in calculations):
+        return _verdict(0.0, "was calculated before")
+    results = [value for shown in earlier if (value := shown.result) is not None]
+    known = _known_numbers(question)
+    for shown in earlier:
+        if shown.text is not None and shown.result is None:
+            known = known | numerals.mentioned(shown.text)  # a number read in a paragraph
+    foreign = [
+        text
+        for text, value in expression.literals
+        if value not in known and not any(_rounds_to(result, text) for result in results)
+    ]
+    if "%" in str(call.arguments["expression"]):
+        foreign = [text for text in foreign if text != "100"]
+    if foreign:
+        score = 0.4 * (1 - len(foreign) / len(expression.literals))
+        return _verdict(score, f"{foreign[0]} is neither in the question nor a result")
+    used = [text for _, read in calculations for text, _ in read.literals]
+    waiting = [value for value in results if not any(_rounds_to(value, text) for text in used)]
+    if len(waiting) >= 3 and not any(_rounds_to(value, text) for text, _ in expression.literals for value in waiting):
+        return _verdict(0.2, f"{len(waiting)} results wait unused, and this uses none of them")
+    return _verdict(1.0, "a new calculation from known numbers")
+
+
+@lru_cache(maxsize=1024)
+def _known_numbers(question: str) -> frozenset[float]:
+    return numerals.mentioned(question) | numerals.implied(question) | {1.0, 2.0}
+
+
+def _float(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _rounds_to(value: float, text: str) -> bool:
+    """Whether `text` writes `value`, rounded to the places it shows (a whole number: rounded up, down or to nearest)."""
+    written = _float(text)
+    if written is None:
+        return False
+    places = len(text.partition(".")[2].rstrip("0"))
+    slack = 0.999 if places == 0 else 0.51 * 10.0**-places
+    if places == 0 and value == round(value):
+        slack = 0.0
+    return abs(value - written) <= slack + 1e-9 * abs(value)
+
+
+# -- searches
+
+
+@lru_cache(maxsize=4096)
+def content(text: str) -> frozenset[str]:
+    """Lower-case words without function words; all words where nothing else is left."""
+    every = frozenset(words(text))
+    return every - _STOP or every
+
+
+def _query(question: str, earlier: list[_Shown], call: ToolCall) -> Verdict:
+    query = content(str(call.arguments["query"]))
+    if not query:
+        return _verdict(0.0, "an empty query")
+    if len(query) > 30:
+        return _verdict(0.2, "a query of over 30 content words")
+    if any(query <= content(_text_of(shown.call)) for shown in earlier):
+        return _verdict(0.0, "the words of an earlier query")
+    if any(query <= content(title) for title in _titles(earlier)):
+        return _verdict(0.0, "its paragraph is already shown")
+    evidence = frozenset().union(*(content(shown.text) for shown in earlier if shown.text is not None))
+    asked = content(question)
+    tied = len(query & (asked | evidence)) / len(query)
+    if tied < 0.5:
+        return _verdict(0.4 * tied, "mostly words of neither the question nor the evidence")
+    if len(earlier) >= 3 and not query & (evidence - asked):
+        return _verdict(0.2, "a fourth query that follows nothing found so far")
+    return _verdict(0.6 + 0.4 * tied, "a new query tied to the question or the evidence")
+
+
+def _text_of(call: ToolCall) -> str:
+    return " ".join(map(str, call.arguments.values()))
+
+
+def _titles(earlier: list[_Shown]) -> list[str]:
+    """The first line of each paragraph that a search returned."""
+    texts = [shown.text for shown in earlier if shown.text is not None and "query" in shown.call.arguments]
+    return [paragraph.partition("\n")[0] for text in texts for paragraph in text.split("\n\n")]
+
+
+def _other(earlier: list[_Shown], call: ToolCall) -> Verdict:
+    """A tool these rules do not know: a call is good if it says something and is not a repeat."""
+    if not _text_of(call).strip():
+        return _verdict(0.0, "a call without arguments")
+    if any(shown.call == call for shown in earlier):
+        return _verdict(0.0, "the same call as before")
+    return _verdict(0.6, "a new call")
+
+
+# -- answers
+
+
+def _answer(view: StepView, answer: str) -> Verdict:
+    evidence = [shown for shown in _evidence(view.steps) if shown.text is not None]
+    if not evidence:
+        return _verdict(0.0, "an answer before any evidence")
+    calculated = [value for shown in evidence if (value := shown.result) is not None]
+    read = [shown.text for shown in evidence if shown.result is None and shown.text is not None]
+    by_number = _number_answer(calculated, answer) if calculated else None
+    if not read or (by_number is not None and by_number.good):
+        return by_number or _verdict(0.0, "an answer before any evidence")
+    return _text_answer(view.question, read, answer)
+
+
+def _number_answer(results: list[float], answer: str) -> Verdict:
+    number = answers.parse_number(answer)
+    written = re.sub(r"[^\d.eE-]", "", answer.rpartition("=")[2].strip(" .")) if number is not None else ""
+    if number is None:
+        return _verdict(0.0, "not one number")
+    if float(number) == results[-1] or _rounds_to(results[-1], written):
+        return _verdict(1.0, "the latest result")
+    if any(_rounds_to(value, written) for value in results):
+        return _verdict(0.3, "an earlier result, not the latest")
+    return _verdict(0.0, "not a result that was calculated")
+
+
+def is_polar(question: str) -> bool:
+    """Whether a question asks for yes or no: no question word and no `or`."""
+    return bool(_POLAR.search(question)) and not _WH.search(question) and not re.search(r"\bor\b", question, re.I)
+
+
+@lru_cache(maxsize=4096)
+def _plain(text: str) -> str:
+    """Normalised as for exact match, dashes as blanks, number words as digits, padded with blanks."""
+    tokens = answers.normalize(re.sub(r"[-\u2010-\u2015/]", " ", text)).split()
+    return f" {' '.join(f'{numerals.WORDS[token]:g}' if token in numerals.WORDS else token for token in tokens)} "
+
+
+def _text_answer(question: str, paragraphs: list[str], answer: str) -> Verdict:
+    plain, polar = _plain(answer), is_polar(question)
+    if polar or plain.strip() in ("yes", "no"):
+        if not polar:
+            return _verdict(0.0, "yes or no where the question asks for something else")
+        if plain.strip() not in ("yes", "no"):
+            return _verdict(0.0, "the question asks for yes or no")
+        shown = {paragraph for text in paragraphs for paragraph in text.split("\n\n")}
+        if len(shown) < 2:
+            return _verdict(0.2, "yes or no after a single paragraph")
+        return _verdict(0.8, "yes or no after two paragraphs")
+    if not plain.strip():
+        return _verdict(0.0, "an answer without words")
+    if len(plain.split()) > 12:
+        return _verdict(0.2, "an answer of over twelve words")
+    if _ASKS_NUMBER.search(question) and not any(character.isdigit() for character in plain):
+        return _verdict(0.1, "the question asks for a number")
+    if not any(plain in _plain(text) for text in paragraphs):
+        return _verdict(0.0, "does not stand in what was found")
+    if not content(answer) - _STOP:
+        return _verdict(0.0, "only function words")
+    if content(answer) <= content(question) and not _CHOICE.search(question):
+        return _verdict(0.3, "repeats the question")
+    return _verdict(1.0, "stands in what was found")

@@ -1,0 +1,132 @@
+"""What a tool is, how a Python function becomes one, and how a call is made safe.
+
+A tool may also have `bind(documents)`: the environment calls it at each reset with the task's own documents.
+"""
+
+import inspect
+import json
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, get_type_hints
+
+import docstring_parser
+from pydantic import ConfigDict, create_model
+
+from swirl_env.errors import ConfigError, ToolError, near
+from swirl_env.grammar import escape
+from swirl_env.types import Tool, ToolCall, ToolResult
+
+MAX_RESULT_CHARACTERS = 8_000
+"""Longer results are cut, and the cut is said."""
+
+
+class FunctionTool:
+    """A Python function with its JSON schema; picklable where the function is."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function
+        self.name = function.__name__
+        self.description, self.parameters = describe(function)
+
+    def __call__(self, **arguments: Any) -> str:
+        return str(self.function(**arguments))
+
+    def __repr__(self) -> str:
+        return f"tool({self.name})"
+
+
+def tool(function: Callable[..., Any]) -> FunctionTool:
+    """Turn a function with type hints and a Google docstring into a tool (also as decorator `@tool`).
+
+    The docstring's first line tells the model what the tool does, `Args:` what each argument means.
+
+    Raises:
+        ConfigError: an argument has no type hint, or the docstring is missing.
+    """
+    return FunctionTool(function)
+
+
+def describe(function: Callable[..., Any]) -> tuple[str, dict[str, Any]]:
+    """(description, JSON schema of the arguments) of a function with type hints and a Google docstring."""
+    name = getattr(function, "__name__", repr(function))
+    documentation = docstring_parser.parse(inspect.getdoc(function) or "")
+    if not documentation.short_description:
+        raise ConfigError(f"The tool {name} needs a docstring: its first line is what the model reads about it.")
+    meanings = {item.arg_name: item.description for item in documentation.params}
+    hints, fields = get_type_hints(function), {}
+    for argument in inspect.signature(function).parameters.values():
+        if argument.name == "self":
+            continue
+        if argument.name not in hints or argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
+            raise ConfigError(f"The tool {name} needs a type hint for its argument {argument.name!r}, such as `: str`.")
+        default = ... if argument.default is argument.empty else argument.default
+        fields[argument.name] = (hints[argument.name], default)
+    schema = create_model(name, __config__=ConfigDict(arbitrary_types_allowed=True), **fields).model_json_schema()
+    for key, entry in schema.get("properties", {}).items():
+        entry.pop("title", None)
+        if meanings.get(key):
+            entry["description"] = meanings[key]
+    schema.pop("title", None)
+    return documentation.short_description, {**schema, "additionalProperties": False}
+
+
+def make_tool(value: Any) -> Tool:
+    """A tool as it is, or a plain function made into one."""
+    if all(hasattr(value, name) for name in ("name", "description", "parameters")) and callable(value):
+        return value
+    if callable(value):
+        return tool(value)
+    raise ConfigError(f"Expected a tool or a function with type hints and a docstring, got {value!r}.")
+
+
+def function_schema(tool: Tool) -> dict[str, Any]:
+    """OpenAI's form of a tool's schema."""
+    function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
+    return {"type": "function", "function": function}
+
+
+_READS = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict}
+
+
+def _checked(tool: Tool, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that fit the schema; text that spells a number or JSON is read as such. Raises `ToolError`."""
+    properties, checked = tool.parameters.get("properties", {}), dict(arguments)
+    missing = [name for name in tool.parameters.get("required", []) if name not in arguments]
+    unknown = [name for name in arguments if name not in properties]
+    if missing or unknown:
+        came = ", ".join(map(repr, arguments)) or "nothing"
+        raise ToolError(f"{tool.name} takes {', '.join(properties) or 'no arguments'}; got {came}.")
+    for name, value in arguments.items():
+        expected = _READS.get(properties[name].get("type"))
+        if isinstance(value, str) and expected not in (None, str):
+            try:
+                checked[name] = value = json.loads(value)
+            except (ValueError, RecursionError):
+                pass
+        wrong = expected and not isinstance(value, expected)
+        if wrong or (isinstance(value, bool) and expected not in (None, bool)):
+            raise ToolError(f"{tool.name}: {name} must be of type {properties[name]['type']}, got {str(value)[:80]!r}.")
+    return checked
+
+
+def call_tool(tools: Mapping[str, Tool], call: ToolCall) -> ToolResult:
+    """Make one call; whatever happens is a result. The text is escaped and cut to `MAX_RESULT_CHARACTERS`."""
+    start = time.perf_counter()
+    try:
+        error = "unknown_tool"
+        if call.name not in tools:
+            raise ToolError(f"There is no tool {call.name!r}.{near(call.name, tools)}")
+        error = "bad_arguments"
+        arguments = _checked(tools[call.name], call.arguments)
+        error = "tool_error"
+        text = tools[call.name](**arguments)
+        if not isinstance(text, str):
+            raise TypeError(f"returned {type(text).__name__}; a tool returns a string")
+        error = None
+    except ToolError as refusal:
+        text = str(refusal)
+    except Exception as bug:  # a bug in a tool ends this episode, never the others beside it
+        error, text = "crash", f"{call.name} crashed: {type(bug).__name__}: {bug}"
+    if len(text) > MAX_RESULT_CHARACTERS:
+        text = f"{text[:MAX_RESULT_CHARACTERS]} ... ({len(text) - MAX_RESULT_CHARACTERS:,} more characters were cut)"
+    return ToolResult(escape(text), error, time.perf_counter() - start)
