@@ -1,7 +1,8 @@
 """`LocalPolicy`: any transformers causal model as a policy, batched over states.
 
-Each state is prefilled once for all of its `n` samples. Every draw has its own generator, seeded by the state's seed, so
-the batch around it changes nothing but rounding. Ids and log-probs are kept exactly as sampled.
+Each token is prefilled once: keys and values are kept from call to call while states grow, shared by the `n` samples of a
+state and by the states of one trajectory (`engine`). Every draw has its own generator, seeded by the state's seed, so the
+batch around it changes nothing but rounding. Ids and log-probs are kept exactly as sampled.
 """
 
 from collections.abc import Iterator
@@ -10,9 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from swirl_agents.engine import PrefixCache
 from swirl_agents.rendering import Renderer
 from swirl_env.errors import ConfigError
 from swirl_env.types import Completion, Tokens, Transcript
+
+MIN_SHARED = 32
+"""Tokens that all states must begin with for their common beginning to be prefilled on its own."""
 
 
 class LocalPolicy:
@@ -25,12 +30,13 @@ class LocalPolicy:
         temperature: tau; log-probs are those of softmax(logits / tau). 0 is greedy (log-probs then at tau = 1).
         max_new_tokens: cap of one action, in tokens.
         seed: for states that carry no seed of their own.
-        batch_tokens: states x (context + action) tokens that are decoded at once; bounds memory.
+        batch_tokens: samples x (context + action) tokens that are decoded at once; bounds memory.
+        cache_tokens: tokens whose keys and values are kept between calls.
     """
 
     def __init__(
         self, model, tokenizer, *, name: str = "local", temperature: float = 1.0, max_new_tokens: int = 64,
-        seed: int = 0, batch_tokens: int = 32_768,
+        seed: int = 0, batch_tokens: int = 32_768, cache_tokens: int = 16_384,
     ):  # fmt: skip
         if not temperature >= 0:
             raise ConfigError(f"temperature must be 0 (greedy) or more, got {temperature!r}.")
@@ -38,7 +44,7 @@ class LocalPolicy:
             raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens!r}.")
         self.model, self.renderer, self.name = model, Renderer(tokenizer), name
         self.temperature, self.max_new_tokens, self.seed = temperature, max_new_tokens, seed
-        self.batch_tokens = batch_tokens
+        self.batch_tokens, self._prefixes = batch_tokens, PrefixCache(model, cache_tokens)
         self.context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
         eos = model.generation_config.eos_token_id if model.generation_config else None
         ends = eos if isinstance(eos, list) else [eos]
@@ -49,6 +55,8 @@ class LocalPolicy:
         encoded = [self.renderer.encode(transcript) for transcript in transcripts]
         done: list[list[Completion]] = [[] for _ in transcripts]
         fits = [i for i, e in enumerate(encoded) if len(e.ids) + self.max_new_tokens <= self.context]
+        for trunk in self._shared_trunks([encoded[i].ids for i in fits]):
+            self._prefill([trunk], 0, remember=True)
         for group in self._groups(fits, [len(e.ids) for e in encoded], n):
             ids = [encoded[i].ids for i in group]
             new = [e.ids[e.spans[-1][1] if e.spans else 0 :] for e in (encoded[i] for i in group)]
@@ -78,44 +86,84 @@ class LocalPolicy:
 
     @torch.inference_mode()
     def _sample(self, ids: list[np.ndarray], transcripts: list[Transcript], n: int) -> list[list[tuple[Any, ...]]]:
-        device, length = self.model.device, max(map(len, ids))
-        batch = torch.full((len(ids), length), self.renderer.eos_id, dtype=torch.long)
-        mask = torch.zeros((len(ids), length), dtype=torch.long)
-        for row, prompt in enumerate(ids):
-            batch[row, length - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
-            mask[row, length - len(prompt) :] = 1
-        batch, mask = batch.to(device), mask.to(device)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        out = self.model(batch, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-        cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(n, 0)
+        cache, mask, position, logits = self._prefill(ids, self.max_new_tokens)
+        logits = logits.repeat_interleave(n, 0)
         if n > 1:
             cache.batch_repeat_interleave(n)
-        mask, position = mask.repeat_interleave(n, 0), positions[:, -1:].repeat_interleave(n, 0)
+        mask, position = mask.repeat_interleave(n, 0), position.repeat_interleave(n, 0)
         rows = [_Row(self._uniforms(t, g), t.stop) for t in transcripts for g in range(n)]
-        alive = list(range(len(rows)))
+        alive = list(range(len(rows)))  # rows of the batch, some of which may have ended
         for step in range(self.max_new_tokens):
             chosen, logprobs = self._draw(logits, [rows[i].uniforms[step] for i in alive])
-            keep = []
+            going = []
             for slot, i in enumerate(alive):
+                if rows[i].finish is not None:
+                    continue
                 rows[i].ids.append(chosen[slot])
                 rows[i].logprobs.append(logprobs[slot])
                 rows[i].finish = self._finish(rows[i], step)
                 if rows[i].finish is None:
-                    keep.append(slot)
-            if not keep:
+                    going.append(slot)
+                elif n == 1 and self._prefixes.usable:
+                    seen = np.concatenate([ids[i], np.asarray(rows[i].ids[:-1], np.int32)])
+                    self._prefixes.put(seen, cache, slot, mask[slot])
+            if not going:
                 break
-            if len(keep) < len(alive):
-                chosen, alive = [chosen[slot] for slot in keep], [alive[slot] for slot in keep]
-                index = torch.tensor(keep, device=device)
+            if len(going) <= 0.8 * len(alive):  # dropping rows copies the cache, so several go at once
+                chosen, alive = [chosen[slot] for slot in going], [alive[slot] for slot in going]
+                index = torch.tensor(going, device=mask.device)
                 cache.batch_select_indices(index)
                 mask, position = mask[index], position[index]
             position = position + 1
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
-            token = torch.tensor(chosen, device=device)[:, None]
+            token = torch.tensor(chosen, device=mask.device)[:, None]
             out = self.model(token, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
             logits = out.logits[:, -1]
         drawn = [(row.ids, row.logprobs, row.finish) for row in rows]
         return [drawn[i : i + n] for i in range(0, len(drawn), n)]
+
+    @torch.inference_mode()
+    def _prefill(self, ids: list[np.ndarray], more: int, remember: bool = False):
+        """(cache with room for `more`, mask int64[B, T], last position int64[B, 1], logits float[B, V] of the next token)."""
+        device = self.model.device
+        found = [self._prefixes.find(prompt) if self._prefixes.usable else (0, None) for prompt in ids]
+        new = [prompt[size:] for prompt, (size, _) in zip(ids, found, strict=True)]
+        length = max(map(len, new))
+        batch = np.full((len(ids), length), self.renderer.eos_id, np.int64)
+        mask = np.zeros((len(ids), length), np.int64)
+        for row, tokens in enumerate(new):
+            batch[row, length - len(tokens) :] = tokens
+            mask[row, length - len(tokens) :] = 1
+        cache, full = None, torch.from_numpy(mask).to(device)
+        if self._prefixes.usable:
+            cache, past = self._prefixes.lay_out(found, length + more)
+            full = torch.cat([past, full], 1)
+        positions = (full.cumsum(1) - 1).clamp(min=0)[:, -length:]
+        out = self.model(
+            torch.from_numpy(batch).to(device), attention_mask=full, position_ids=positions, past_key_values=cache,
+            use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        if remember:
+            for row, prompt in enumerate(ids):
+                self._prefixes.put(prompt, out.past_key_values, row, full[row])
+        return out.past_key_values, full, positions[:, -1:], out.logits[:, -1]
+
+    def _shared_trunks(self, prompts: list[np.ndarray]) -> list[np.ndarray]:
+        """What several states of this call begin with, to be prefilled once: states that others continue, and the common
+        beginning of all (the instructions)."""
+        if not self._prefixes.usable or len(prompts) < 2:
+            return []
+        ordered = sorted((prompt.tolist() for prompt in prompts), key=tuple)  # what continues a state follows it
+        low, high = ordered[0], ordered[-1]
+        common = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+        trunks = [np.asarray(low[:common], np.int32)] if common >= MIN_SHARED else []
+        following = [*ordered[1:], []]
+        for i, (prompt, after) in enumerate(zip(ordered, following, strict=True)):
+            before = ordered[i - 1] if i else []
+            continues = bool(before) and len(prompt) > len(before) and prompt[: len(before)] == before
+            if continues and after[: len(prompt)] != prompt:
+                trunks.append(np.asarray(prompt, np.int32))
+        return trunks
 
     def _uniforms(self, transcript: Transcript, sample: int) -> np.ndarray:
         seed = self.seed if transcript.seed is None else transcript.seed

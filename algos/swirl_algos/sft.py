@@ -7,26 +7,14 @@ it is append-only, so all of its actions are learned in one pass.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from swirl_agents.rendering import Renderer
+from swirl_algos.configs import SftConfig
 from swirl_algos.optimize import Optimizer, TrainingError
 from swirl_env.types import Message, Trajectory, Transcript
-
-
-@dataclass(frozen=True)
-class SftConfig:
-    """How to imitate."""
-
-    learning_rate: float = 1e-4
-    """peak learning rate of AdamW"""
-    epochs: int = 1
-    """passes over the trajectories"""
-    batch_size: int = 4
-    """trajectories an update"""
 
 
 def finished(trajectory: Trajectory) -> Transcript:

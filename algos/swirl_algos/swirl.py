@@ -24,34 +24,13 @@ from swirl_agents.rendering import Renderer
 from swirl_agents.rollout import draw_seed
 from swirl_algos import forward
 from swirl_algos.advantages import leave_one_out
+from swirl_algos.configs import SwirlConfig
 from swirl_algos.losses import exact_kl, swirl_loss, token_logprobs
 from swirl_algos.optimize import Optimizer, TrainingError
 from swirl_algos.sft import finished
 from swirl_env.grammar import Grammar
 from swirl_env.judges import ask, views
 from swirl_env.types import Judge, Trajectory, Verdict
-
-
-@dataclass(frozen=True)
-class SwirlConfig:
-    """How to improve."""
-
-    learning_rate: float = 1e-5
-    """peak learning rate of AdamW"""
-    epochs: int = 1
-    """passes over the kept trajectories"""
-    batch_size: int = 4
-    """trajectories an update; all of their states are used"""
-    samples: int = 4
-    """G: actions sampled at each state"""
-    temperature: float = 1.0
-    """tau of sampling and of log pi"""
-    beta: float = 0.02
-    """weight of the KL term to the starting checkpoint"""
-    max_new_tokens: int = 64
-    """L_max: token cap of an action"""
-    reference: bool = False
-    """run the plain rows, one a candidate, in place of the shared trunk: same loss, several times slower"""
 
 
 @dataclass(frozen=True, slots=True)

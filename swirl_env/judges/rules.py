@@ -148,7 +148,7 @@ class _Expression:
     literals: tuple[tuple[str, float], ...]
     """Each number as written and its value."""
     changes: bool
-    """False for a lone number and for operations that change nothing (x + 0, x * 1)."""
+    """False for a lone number, for operations that change nothing (x + 0, x * 1) and that cancel (x - x, x / x)."""
 
 
 @lru_cache(maxsize=4096)
@@ -168,7 +168,9 @@ def _read(expression: str) -> _Expression | str:
         if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and node.value < 1e300
     )
     telling = [number for _, number in literals if number not in (0.0, 1.0)]
-    changes = len(literals) > 1 and not (len(telling) == 1 and telling[0] == numerals.key(abs(value)))
+    alone = len(telling) == 1 and telling[0] == numerals.key(abs(value))
+    cancels = len(set(telling)) == 1 and value in (0.0, 1.0)
+    changes = len(literals) > 1 and not alone and not cancels
     return _Expression(_form(tree), literals, changes)
 
 

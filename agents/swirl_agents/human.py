@@ -1,0 +1,27 @@
+"""A person acts in the terminal."""
+
+from typing import Any
+
+import gymnasium as gym
+
+
+def play(env: gym.Env, *, seed: int | None = None, task_id: str | None = None) -> None:
+    """Print the observation, read one action a line, and go on until the episode or the input ends."""
+    options: dict[str, Any] = {} if task_id is None else {"task_id": task_id}
+    text, info = env.reset(seed=seed, options=options)
+    print(text)
+    done = False
+    while not done:
+        try:
+            action = input("\n> ")
+        except EOFError:
+            print("\nThe input ended before the episode.")
+            return
+        _, reward, terminated, truncated, info = env.step(action)
+        done = terminated or truncated
+        step = info["step"]
+        if step.observation:
+            print(step.observation)
+        print(f"[reward {reward:.2f}: {step.verdict.reason if step.verdict else 'no judge'}]")
+    task = env.unwrapped.task  # type: ignore[attr-defined]
+    print(f"\n{'Right' if info['outcome'] >= 0.5 else 'Not right'}. The gold answer: {task.answers[0]}")

@@ -1,0 +1,142 @@
+"""The `swirl` command. Heavy imports wait until a subcommand needs them."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from swirl_benchmarks.run import RunConfig
+from swirl_env.errors import ConfigError, SwirlError
+
+Env = Annotated[str, tyro.conf.Positional]
+
+
+def _console(quiet: bool = False):
+    from rich.console import Console
+
+    return Console(quiet=quiet, width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def run(config: Annotated[RunConfig, tyro.conf.arg(name="")], /, *, out: str | None = None) -> None:
+    """Warm start, generate, judge, filter, train, and evaluate before and after.
+
+    Example: swirl run swirl/GSM8K-v0 --tasks 32
+
+    Args:
+        out: run folder; one that holds the same run goes on where it stopped. Default: runs/NAME-seed.
+    """
+    from swirl_benchmarks.run import run as run_all
+
+    name = config.env.rpartition("/")[2].lower()
+    run_all(config, Path(out or f"runs/{name}-{config.tasks}-seed{config.seed}"), _console())
+
+
+def eval_(
+    env: Env, /, *, model: str, path: str | None = None, tasks: int | None = None, samples: int = 1, judge: str = "rules",
+    temperature: float = 0.0, max_new_tokens: int = 64, malformed_limit: int | None = None, seed: int = 0,
+    json: str | None = None, out: str | None = None,
+) -> None:  # fmt: skip
+    """Evaluate a policy on test tasks.
+
+    Example: swirl eval swirl/HotPotQA-v0 --model oracle
+
+    Args:
+        env: environment id, such as swirl/HotPotQA-v0.
+        model: oracle, random, replay:FILE, smollm2-135m, a folder or a hub name.
+        path: official file of tasks; none: the bundled test tasks.
+        tasks: how many, drawn by the seed; none: all.
+        samples: episodes a task.
+        judge: who scores the steps.
+        temperature: of sampling; 0 is greedy.
+        max_new_tokens: token cap of an action.
+        malformed_limit: malformed actions that end an episode; none: no limit.
+        seed: of the choice of tasks and of sampling.
+        json: file for the figures.
+        out: file for the judged trajectories (JSONL); must not exist yet.
+    """
+    import tempfile
+
+    from swirl_benchmarks import evaluate, stages
+    from swirl_env.judges import make_judge
+
+    if out is not None and Path(out).exists():
+        raise ConfigError(f"{out} exists already. Give another --out.")
+
+    def make():
+        kwargs = {"judge": None, "reward": "outcome", "malformed_limit": malformed_limit}
+        return evaluate.make(env, split="test", path=path, **kwargs)
+
+    world, judging = make(), make_judge(judge)
+    policy = evaluate.make_policy(model, world, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+    chosen = evaluate.choose(list(world.unwrapped.task_set.tasks), tasks, seed)  # type: ignore[attr-defined]
+    with tempfile.TemporaryDirectory() as scratch:
+        acted = stages.generate(make, policy, chosen, Path(scratch) / "acted.jsonl", samples=samples, seed=seed, name="evaluate")
+        judged = stages.judge(acted, judging, Path(out) if out else Path(scratch) / "judged.jsonl")
+    figures = evaluate.report(world, model, judged) | {"judge": judging.name, "seed": seed, "temperature": temperature}
+    if json:
+        evaluate.write_json(json, figures)
+    evaluate.print_table(f"{env}, mean [95 % interval]", {model: figures}, _console())
+
+
+def play(env: Env, /, *, path: str | None = None, split: str = "test", task: str | None = None, seed: int | None = None) -> None:
+    """Act in an environment from the terminal.
+
+    Example: swirl play swirl/GSM8K-v0
+
+    Args:
+        env: environment id.
+        path: official file of tasks; none: the bundled ones.
+        split: train or test.
+        task: task id; none: a random one.
+        seed: of the random task.
+    """
+    from swirl_agents.human import play as play_in
+    from swirl_benchmarks import evaluate
+
+    play_in(evaluate.make(env, split=split, path=path), seed=seed, task_id=task)
+
+
+def envs() -> None:
+    """List the environments: tasks, tools, step limits."""
+    from rich.table import Table
+
+    from swirl_env.registration import ENVS
+    from swirl_env.tasks import load_tasks
+
+    table = Table("id", "bundled train", "bundled test", "tools", "steps")
+    for env_id, kwargs in ENVS.items():
+        counts = [str(len(load_tasks(str(kwargs["tasks"]), split).tasks)) for split in ("train", "test")]
+        table.add_row(env_id, *counts, ", ".join(kwargs["tools"]), str(kwargs["max_steps"]))  # type: ignore[arg-type]
+    _console().print(table)
+
+
+COMMANDS = {"run": run, "eval": eval_, "play": play, "envs": envs}
+
+
+@dataclass(frozen=True)
+class _Exit:
+    """Exit codes."""
+
+    bad_input = 2
+    interrupted = 130
+
+
+def main() -> None:
+    """Entry point of `swirl`."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="swirl", description="Step-wise RL environments and training.")
+    except SwirlError as error:
+        sys.exit(f"swirl: {error}")
+    except OSError as error:
+        sys.exit(f"swirl: {error}")
+    except KeyboardInterrupt:
+        print("\nswirl: stopped. What was written is kept; the same command goes on from there.", file=sys.stderr)
+        sys.exit(_Exit.interrupted)
+
+
+if __name__ == "__main__":
+    main()

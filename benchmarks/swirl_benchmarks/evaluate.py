@@ -1,0 +1,88 @@
+"""Evaluate a policy on the test tasks of an environment."""
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import swirl_env  # noqa: F401  registers the ids
+from swirl_agents.scripted import SCRIPTED, make_scripted
+from swirl_benchmarks.metrics import Estimate, summary
+from swirl_env.env import ToolEnv
+from swirl_env.errors import UnknownNameError, near
+from swirl_env.registration import ENVS
+from swirl_env.types import Policy, Trajectory
+
+ROWS = {
+    "outcome": "outcome (official metric)",
+    "process": "process score",
+    "malformed": "malformed actions",
+    "tool_errors": "tool errors",
+    "steps": "steps",
+}
+
+
+def make(env_id: str, **kwargs: Any) -> gym.Env:
+    """`gym.make` with the near match of an unknown id."""
+    if env_id not in gym.registry and ":" not in env_id:
+        raise UnknownNameError(f"No environment is called {env_id!r}.{near(env_id, ENVS)}")
+    return gym.make(env_id, disable_env_checker=True, **kwargs)
+
+
+def make_policy(name: str, env: gym.Env, *, temperature: float, max_new_tokens: int, seed: int) -> Policy:
+    """`oracle`, `random`, `replay:FILE`, or a model's name or folder."""
+    base = env.unwrapped
+    assert isinstance(base, ToolEnv)
+    if name.partition(":")[0] in SCRIPTED:
+        return make_scripted(name, base)
+    from swirl_agents.local import LocalPolicy
+    from swirl_agents.models import load_model
+
+    model, tokenizer = load_model(name)
+    return LocalPolicy(
+        model, tokenizer, name=name, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed
+    )
+
+
+def choose(task_ids: list[str], n: int | None, seed: int) -> list[str]:
+    """The first `n` of a seeded shuffle; `None`: all, in file order."""
+    if n is None:
+        return task_ids
+    return [task_ids[i] for i in np.random.default_rng(seed).permutation(len(task_ids))[:n]]
+
+
+def report(env: gym.Env, model: str, trajectories: list[Trajectory]) -> dict[str, Any]:
+    """The JSON of an evaluation."""
+    base = env.unwrapped
+    assert isinstance(base, ToolEnv) and env.spec is not None
+    figures = summary(trajectories, lambda t: base.task_set.metrics(t.task, t.answer))
+    return {"env": env.spec.id, "model": model, **figures}
+
+
+def print_table(title: str, columns: dict[str, dict[str, Any]], console: Console | None = None) -> None:
+    """Evaluations side by side, one column each, every figure with its interval."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for key, label in ROWS.items():
+        table.add_row(label, *(str(Estimate(**figures[key])) for figures in columns.values()))
+    extra = {name for figures in columns.values() for name in list(figures["metrics"])[1:]}
+    for name in sorted(extra):
+        table.add_row(name, *(str(Estimate(**figures["metrics"][name])) for figures in columns.values()))
+    table.add_row("questions", *(str(figures["n"]) for figures in columns.values()))
+    (console or Console(width=None)).print(table)
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """Write JSON whole or not at all."""
+    import json
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)

@@ -1,0 +1,288 @@
+"""`swirl run`: the whole of SWiRL on one environment, from a base model to a measured, improved one.
+
+    warm start -> generate -> judge -> filter -> train -> evaluate base, warm start and SWiRL on the same unseen questions
+
+Small models seldom write a legal action, so SFT on a few gold demonstrations comes first (the warm start); stage 1 then
+samples trajectories of other training questions, and stage 2 improves on the kept ones by process reward alone. Every
+stage writes its own file in the run folder and is skipped where that is complete, so a stopped run goes on where it was.
+"""
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from swirl_algos.configs import SftConfig, SwirlConfig
+from swirl_benchmarks import evaluate, stages
+from swirl_benchmarks.metrics import paired_difference, process_score
+from swirl_env.env import ToolEnv
+from swirl_env.errors import ConfigError
+from swirl_env.io import Writer
+from swirl_env.judges import make_judge
+from swirl_env.types import Trajectory
+
+CHECKPOINTS = ("warm_start", "swirl")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run does; `run.json` in its folder keeps it."""
+
+    env: str
+    """environment id, such as swirl/GSM8K-v0"""
+    model: str = "smollm2-135m"
+    """base model: smollm2-135m, a folder, or a hub name"""
+    tasks: int = 64
+    """questions for the warm start, other questions for stage 1, and unseen questions for evaluation: this many each
+    (as many as there are, if fewer)"""
+    samples: int = 1
+    """trajectories a question in stage 1 (the paper: 5)"""
+    filter: str = "process"
+    """which trajectories to train on: none, process, outcome or both"""
+    judge: str = "rules"
+    """who scores the steps: rules, or module:attribute"""
+    path: str | None = None
+    """official file of training tasks; none: the bundled ones"""
+    test_path: str | None = None
+    """official file of test tasks; none: the bundled ones"""
+    max_steps: int | None = None
+    """step limit; none: the environment's"""
+    malformed_limit: int | None = 3
+    """malformed actions that end an episode"""
+    temperature: float = 1.0
+    """sampling temperature of stage 1 and of evaluation"""
+    batch_size: int = 32
+    """episodes at once"""
+    seed: int = 0
+    """of everything that is drawn"""
+    sft: SftConfig = field(default_factory=SftConfig)
+    swirl: SwirlConfig = field(default_factory=SwirlConfig)
+
+
+def run(config: RunConfig, folder: Path, console: Console) -> dict[str, Any]:
+    """Run, or go on with, the pipeline in `folder`; returns the results (also in `results.json`).
+
+    Raises:
+        ConfigError: the folder holds a run with another config; the differences are named.
+    """
+    started = time.monotonic()
+    _claim(folder, config)
+    judge = make_judge(config.judge)
+    train, test = (_maker(config, split) for split in ("train", "test"))
+    train_env, test_env = train().unwrapped, test().unwrapped
+    assert isinstance(train_env, ToolEnv) and isinstance(test_env, ToolEnv)
+    train_ids, test_ids = list(train_env.task_set.tasks), list(test_env.task_set.tasks)
+    questions = {train_env.task_set.tasks[task_id].question for task_id in train_ids}
+    test_ids = [task_id for task_id in test_ids if test_env.task_set.tasks[task_id].question not in questions]
+    if len(train_ids) < 2 or not test_ids:
+        raise ConfigError(f"{len(train_ids)} training and {len(test_ids)} unseen test tasks: at least 2 and 1 are needed.")
+    shuffled = evaluate.choose(train_ids, len(train_ids), config.seed)
+    count = min(config.tasks, len(shuffled) // 2)
+    shown, practised = shuffled[:count], shuffled[count : 2 * count]
+    unseen = evaluate.choose(test_ids, min(config.tasks, len(test_ids)), 0)
+    console.print(
+        f"{config.env}, {config.model}: {len(shown)} questions for the warm start, {len(practised)} for stage 1, "
+        f"{len(unseen)} unseen for evaluation; run folder {folder}"
+    )
+    model = _Model(config)
+    evaluations: dict[str, list[Trajectory]] = {}
+
+    def measure(name: str) -> None:
+        path = folder / "eval" / f"{name}.jsonl"
+        acted = stages.generate(
+            test, model.policy(name), unseen, folder / "eval" / f"{name}.unjudged.jsonl", seed=config.seed,
+            batch_size=config.batch_size, name=f"evaluate {name}",
+        )  # fmt: skip
+        evaluations[name] = stages.judge(acted, judge, path)
+
+    measure("base")
+    if not _complete(folder / "warm_start"):
+        from swirl_agents.scripted import oracle
+        from swirl_algos import sft
+
+        gold = stages.generate(train, oracle(train_env), shown, folder / "demonstrations.jsonl", name="demonstrate")
+        with _Log(folder, "sft", "warm start") as log:
+            sft.train(model.model, model.tokenizer, gold, config.sft, seed=config.seed, log=log)
+        model.save(folder / "warm_start")
+    model.use(folder / "warm_start")
+    measure("warm_start")
+    sampled = stages.generate(
+        train, model.policy("warm_start"), practised, folder / "trajectories.jsonl", samples=config.samples,
+        seed=config.seed, batch_size=config.batch_size,
+    )  # fmt: skip
+    judged = stages.judge(sampled, judge, folder / "judged.jsonl")
+    kept = stages.filter_by(config.filter, judged, folder / "kept.jsonl")
+    console.print(
+        f"stage 1: {len(judged)} trajectories, {len(kept.kept)} kept by the {config.filter} filter, {kept.dropped} dropped, "
+        f"{kept.unknown} unknown"
+    )
+    if not _complete(folder / "swirl"):
+        from swirl_algos import swirl
+
+        (folder / "candidates.jsonl").unlink(missing_ok=True)
+        with _Log(folder, "swirl", "train") as log, Writer(folder / "candidates.jsonl") as candidates:
+            swirl.train(
+                model.model, model.tokenizer, kept.kept, judge, train_env.grammar, config.swirl, seed=config.seed, log=log,
+                record=candidates.write,
+            )  # fmt: skip
+        model.save(folder / "swirl")
+    model.use(folder / "swirl")
+    measure("swirl")
+    results = _results(config, test(), evaluations, kept, time.monotonic() - started)
+    evaluate.write_json(folder / "results.json", results)
+    show(results, console)
+    return results
+
+
+def show(results: dict[str, Any], console: Console) -> None:
+    """The results as a table, and the paired differences."""
+    evaluate.print_table(f"{results['config']['env']}, unseen questions, mean [95 % interval]", results["policies"], console)
+    for name, differences in results["differences"].items():
+        for what, estimate in differences.items():
+            clear = "clear of 0" if estimate["low"] > 0 or estimate["high"] < 0 else "not clear of 0"
+            console.print(
+                f"{name}, paired difference in {what}: {estimate['mean']:+.3f} "
+                f"[{estimate['low']:+.3f}, {estimate['high']:+.3f}] ({clear})"
+            )
+
+
+def _results(config, env, evaluations, kept, seconds: float) -> dict[str, Any]:
+    def differences(before: str, after: str) -> dict[str, Any]:
+        pair = evaluations[before], evaluations[after]
+        return {
+            "process": asdict(paired_difference(*pair, process_score)),
+            "outcome": asdict(paired_difference(*pair, lambda trajectory: trajectory.outcome)),
+        }
+
+    return {
+        "config": asdict(config),
+        "note": "smollm2-135m is a dequantised Q4_1 model" if config.model == "smollm2-135m" else "",
+        "policies": {name: evaluate.report(env, name, trajectories) for name, trajectories in evaluations.items()},
+        "differences": {
+            "swirl - warm_start": differences("warm_start", "swirl"),
+            "warm_start - base": differences("base", "warm_start"),
+        },
+        "stage_1": {"kept": len(kept.kept), "dropped": kept.dropped, "unknown": kept.unknown},
+        "seconds": round(seconds, 1),
+        "versions": {name: version(name) for name in ("swirl-env", "torch", "transformers")},
+        "python": platform.python_version(),
+    }
+
+
+def _maker(config: RunConfig, split: str) -> Callable[[], Any]:
+    kwargs: dict[str, Any] = {"split": split, "path": config.path if split == "train" else config.test_path}
+    if config.max_steps is not None:
+        kwargs["max_steps"] = config.max_steps
+    # judged afterwards: the same verdicts, and a run can be judged again without acting again
+    kwargs |= {"judge": None, "reward": "outcome", "malformed_limit": config.malformed_limit}
+    return lambda: evaluate.make(config.env, **kwargs)
+
+
+def _claim(folder: Path, config: RunConfig) -> None:
+    """Write `run.json`, or check that the folder's run has the same config."""
+    mine = json.loads(json.dumps(asdict(config)))
+    path = folder / "run.json"
+    if path.exists():
+        try:
+            theirs = json.loads(path.read_text(encoding="utf-8"))["config"]
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"{path} is not a run's config. Use another folder with --out.") from None
+        flat_mine, flat_theirs = _flat(mine), _flat(theirs)
+        changed = [
+            f"{key}: {flat_theirs.get(key)!r} there, {flat_mine.get(key)!r} now"
+            for key in sorted(flat_mine | flat_theirs)
+            if flat_mine.get(key) != flat_theirs.get(key)
+        ]
+        if changed:
+            raise ConfigError(f"{folder} holds a run with another config ({'; '.join(changed)}). Use another --out.")
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty and holds no run.json. Use another --out.")
+    digest = sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
+    evaluate.write_json(path, {"config": mine, "hash": digest})
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in data.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _complete(checkpoint: Path) -> bool:
+    return (checkpoint / "config.json").exists()
+
+
+class _Model:
+    """The model in memory: loaded when first needed, reloaded from a checkpoint only if it is another one."""
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        self._at: str | None = None
+
+    def _load(self, name: str) -> None:
+        if self._at != name:
+            from swirl_agents.models import load_model
+
+            self._model, self._tokenizer = load_model(name)
+            self._at = name
+
+    @property
+    def model(self):
+        self._load(self._at or self.config.model)
+        return self._model
+
+    @property
+    def tokenizer(self):
+        self._load(self._at or self.config.model)
+        return self._tokenizer
+
+    def use(self, checkpoint: Path) -> None:
+        self._load(str(checkpoint.resolve()))
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the checkpoint whole or not at all; it is then the model in memory."""
+        part = checkpoint.with_name(checkpoint.name + ".part")
+        self._model.save_pretrained(part, safe_serialization=True)
+        self._tokenizer.save_pretrained(part)
+        part.rename(checkpoint)
+        self._at = str(checkpoint.resolve())
+
+    def policy(self, name: str):
+        from swirl_agents.local import LocalPolicy
+
+        return LocalPolicy(
+            self.model, self.tokenizer, name=name, temperature=self.config.temperature,
+            max_new_tokens=self.config.swirl.max_new_tokens, seed=self.config.seed,
+        )  # fmt: skip
+
+
+class _Log:
+    """Appends metrics to `metrics.jsonl` and moves a progress bar."""
+
+    def __init__(self, folder: Path, stage: str, name: str):
+        self.stage, self.name = stage, name
+        self._out: Writer = Writer(folder / "metrics.jsonl")
+        self._bar = None
+
+    def __call__(self, metrics: dict[str, Any]) -> None:
+        self._bar = self._bar or stages.bar(metrics["updates"], self.name, "update")
+        shown = {key: f"{metrics[key]:.3f}" for key in ("loss", "score", "kl") if key in metrics}
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+        self._out.write({"stage": self.stage, **metrics})
+
+    def __enter__(self) -> "_Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._out.close()
