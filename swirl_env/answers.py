@@ -68,8 +68,9 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def numeric_equal(prediction: str, gold: str) -> float:
-    """1.0 if both hold exactly one number and the numbers are equal (relative 1e-9), else 0.0 (GSM8K)."""
+    """1.0 if both hold exactly one number and the numbers are equal, else 0.0 (GSM8K). Fractions: relative 1e-9."""
     left, right = parse_number(prediction), parse_number(gold)
     if left is None or right is None:
         return 0.0
-    return float(abs(left - right) <= abs(right) * Fraction(1, 10**9))
+    whole = left.denominator == right.denominator == 1
+    return float(abs(left - right) <= (0 if whole else abs(right) / 10**9))

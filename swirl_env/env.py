@@ -48,7 +48,7 @@ class ToolEnv(gym.Env[str, str]):
         DataError: the file at `path` is missing or broken, with the place.
     """
 
-    metadata = {"render_modes": ["ansi"]}
+    metadata = {"render_modes": ["ansi"], "render_fps": 1}
 
     def __init__(
         self,

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +19,7 @@ def _console(quiet: bool = False):
     return Console(quiet=quiet, width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
-def run(config: Annotated[RunConfig, tyro.conf.arg(name="")], /, *, out: str | None = None) -> None:
+def run(config: Annotated[RunConfig, tyro.conf.arg(name="")], *, out: str | None = None) -> None:
     """Warm start, generate, judge, filter, train, and evaluate before and after.
 
     Example: swirl run swirl/GSM8K-v0 --tasks 32
@@ -116,26 +115,17 @@ def envs() -> None:
 COMMANDS = {"run": run, "eval": eval_, "play": play, "envs": envs}
 
 
-@dataclass(frozen=True)
-class _Exit:
-    """Exit codes."""
-
-    bad_input = 2
-    interrupted = 130
-
-
 def main() -> None:
     """Entry point of `swirl`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="swirl", description="Step-wise RL environments and training.")
-    except SwirlError as error:
-        sys.exit(f"swirl: {error}")
-    except OSError as error:
-        sys.exit(f"swirl: {error}")
+    except (SwirlError, OSError) as error:
+        print(f"swirl: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("\nswirl: stopped. What was written is kept; the same command goes on from there.", file=sys.stderr)
-        sys.exit(_Exit.interrupted)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

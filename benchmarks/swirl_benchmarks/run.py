@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from tyro.conf import Positional
 
 from swirl_algos.configs import SftConfig, SwirlConfig
 from swirl_benchmarks import evaluate, stages
@@ -35,7 +36,7 @@ CHECKPOINTS = ("warm_start", "swirl")
 class RunConfig:
     """What a run does; `run.json` in its folder keeps it."""
 
-    env: str
+    env: Positional[str]
     """environment id, such as swirl/GSM8K-v0"""
     model: str = "smollm2-135m"
     """base model: smollm2-135m, a folder, or a hub name"""
@@ -57,7 +58,9 @@ class RunConfig:
     malformed_limit: int | None = 3
     """malformed actions that end an episode"""
     temperature: float = 1.0
-    """sampling temperature of stage 1 and of evaluation"""
+    """sampling temperature of stage 1"""
+    eval_temperature: float = 0.0
+    """sampling temperature of evaluation; 0 is greedy"""
     batch_size: int = 32
     """episodes at once"""
     seed: int = 0
@@ -97,7 +100,7 @@ def run(config: RunConfig, folder: Path, console: Console) -> dict[str, Any]:
     def measure(name: str) -> None:
         path = folder / "eval" / f"{name}.jsonl"
         acted = stages.generate(
-            test, model.policy(name), unseen, folder / "eval" / f"{name}.unjudged.jsonl", seed=config.seed,
+            test, model.policy(name, config.eval_temperature), unseen, folder / "eval" / f"{name}.unjudged.jsonl", seed=config.seed,
             batch_size=config.batch_size, name=f"evaluate {name}",
         )  # fmt: skip
         evaluations[name] = stages.judge(acted, judge, path)
@@ -114,7 +117,7 @@ def run(config: RunConfig, folder: Path, console: Console) -> dict[str, Any]:
     model.use(folder / "warm_start")
     measure("warm_start")
     sampled = stages.generate(
-        train, model.policy("warm_start"), practised, folder / "trajectories.jsonl", samples=config.samples,
+        train, model.policy("warm_start", config.temperature), practised, folder / "trajectories.jsonl", samples=config.samples,
         seed=config.seed, batch_size=config.batch_size,
     )  # fmt: skip
     judged = stages.judge(sampled, judge, folder / "judged.jsonl")
@@ -255,11 +258,11 @@ class _Model:
         part.rename(checkpoint)
         self._at = str(checkpoint.resolve())
 
-    def policy(self, name: str):
+    def policy(self, name: str, temperature: float):
         from swirl_agents.local import LocalPolicy
 
         return LocalPolicy(
-            self.model, self.tokenizer, name=name, temperature=self.config.temperature,
+            self.model, self.tokenizer, name=name, temperature=temperature,
             max_new_tokens=self.config.swirl.max_new_tokens, seed=self.config.seed,
         )  # fmt: skip
 

@@ -97,7 +97,7 @@ def value_of(node: ast.expr, depth: int = 0) -> Number:
             raise ToolError(f"{name[:40]!r} is not a number. Write numbers only, without units or names.")
         case ast.Call(func=ast.Name(id=name)):
             raise ToolError(f"{name[:40]!r} cannot be called like this. Functions: {', '.join(FUNCTIONS)}.")
-        case ast.Call():
+        case ast.Call(func=ast.Constant() | ast.BinOp()):
             raise ToolError("Write the multiplication sign: 2*(3+4), not 2(3+4).")
     raise ToolError("Only numbers, + - * / // % **, brackets and simple functions can be calculated.")
 

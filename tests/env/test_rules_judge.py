@@ -230,7 +230,7 @@ def test_text_answers():
     assert not answer("London", asked, burton)
     assert not answer("the", asked, burton)
     assert not answer("", asked, burton)
-    assert not answer(burton, asked, burton)
+    assert not answer(f"{burton} {burton}", asked, f"{burton} {burton}")
     assert not answer("yes", asked, burton)
     assert not answer("Big Fish", asked, "Big Fish\nBig Fish is a film.")
     assert answer("19", "How many houses?", burton)

@@ -1,0 +1,222 @@
+"""SFT and SWiRL on a tiny model: masks by hand, loss equal to its closed form, fast way equal to plain rows, learning."""
+
+import copy
+from dataclasses import replace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import swirl_env  # noqa: F401
+from swirl_agents.local import LocalPolicy
+from swirl_agents.rendering import Renderer
+from swirl_agents.rollout import rollout
+from swirl_agents.scripted import oracle
+from swirl_agents.testing import tiny_model, tiny_tokenizer
+from swirl_algos import forward, sft, swirl
+from swirl_algos.configs import SftConfig, SwirlConfig
+from swirl_algos.optimize import TrainingError
+from swirl_env.judges import RulesJudge
+from swirl_env.types import Verdict
+
+TOKENIZER = tiny_tokenizer()
+
+
+def make_env():
+    return gym.make("swirl/GSM8K-v0")
+
+
+ENV = make_env().unwrapped
+GOLD = list(rollout(make_env, oracle(ENV), [(i, 0) for i in list(ENV.task_set.tasks)[:6]]))
+
+
+def random_tree(draw, states, samples):
+    trunk = draw.integers(0, 256, draw.integers(states, 40)).astype(np.int32)
+    starts = sorted(draw.choice(np.arange(1, len(trunk) + 1), states, replace=False).tolist())
+    actions = [[draw.integers(0, 256, draw.integers(1, 9)).astype(np.int32) for _ in range(samples)] for _ in range(states)]
+    return trunk, starts, actions
+
+
+@given(seed=st.integers(0, 10**6), states=st.integers(1, 5), samples=st.integers(1, 4), tau=st.sampled_from([1.0, 0.7]))
+@settings(max_examples=20, deadline=None)
+def test_shared_trunk_equals_plain_rows(seed, states, samples, tau):
+    model = tiny_model(TOKENIZER, seed=seed % 3, dtype=torch.float64)
+    tree = random_tree(np.random.default_rng(seed), states, samples)
+    gradients = []
+    for run in (forward.rows, forward.shared):
+        model.zero_grad()
+        tables = [table for group in run(model, *tree, tau) for table in group]
+        sum((table * torch.linspace(-1, 1, table.shape[-1])).sum() for table in tables).backward()
+        gradients.append((tables, [parameter.grad.clone() for parameter in model.parameters()]))
+    (plain, plain_grad), (fast, fast_grad) = gradients
+    assert [table.shape[0] for table in plain] == [len(action) for group in tree[2] for action in group]
+    for a, b in zip(plain, fast, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)  # log-softmax runs in fp32
+    for a, b in zip(plain_grad, fast_grad, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_permuting_branches_changes_nothing():
+    model = tiny_model(TOKENIZER)
+    trunk, starts, actions = random_tree(np.random.default_rng(0), 3, 4)
+    order = [2, 0, 3, 1]
+    before = list(forward.shared(model, trunk, starts, actions))
+    after = list(forward.shared(model, trunk, starts, [[group[i] for i in order] for group in actions]))
+    for a, b in zip(before, after, strict=True):
+        for i, j in enumerate(order):
+            torch.testing.assert_close(a[j], b[i], atol=1e-5, rtol=1e-5)
+
+
+def test_sft_trains_on_action_tokens_only():
+    model, renderer = tiny_model(TOKENIZER), Renderer(TOKENIZER)
+    encoded = renderer.encode(sft.finished(GOLD[0]))
+    texts = [renderer.decode(encoded.ids[a:b]) for a, b in encoded.spans]
+    assert texts == [step.action.text for step in GOLD[0].steps]
+    seen = []
+    sft.train(copy.deepcopy(model), TOKENIZER, GOLD[:1], SftConfig(learning_rate=0.0), log=seen.append)
+    ids = torch.tensor(encoded.ids).long()
+    with torch.no_grad():
+        logprobs = torch.log_softmax(model(ids[None]).logits[0].float(), -1)
+    by_hand = [-float(logprobs[t - 1, ids[t]]) for a, b in encoded.spans for t in range(a, b)]
+    assert seen[0]["tokens"] == len(by_hand)
+    assert seen[0]["loss"] == pytest.approx(np.mean(by_hand), rel=1e-5)
+
+
+def test_sft_learns():
+    model, losses = tiny_model(TOKENIZER), []
+    sft.train(model, TOKENIZER, GOLD, SftConfig(learning_rate=1e-2, epochs=8, batch_size=3), log=losses.append)
+    assert losses[-1]["loss"] < 0.7 * losses[0]["loss"]
+    assert len(losses) == losses[0]["updates"] == 16
+
+
+CONFIG = SwirlConfig(samples=3, max_new_tokens=6, batch_size=2, beta=0.1, temperature=0.8)
+
+
+class EvenLetters:
+    """Scores the share of letters of a completion that are even: noise that a policy can learn."""
+
+    name, uses_gold = "even@1", False
+
+    def __call__(self, views):
+        return [Verdict(float(np.mean([ord(c) % 2 == 0 for c in v.action.text] or [0])), "", self.name) for v in views]
+
+
+def batch_of(model, judge, config=CONFIG):
+    policy = LocalPolicy(model, TOKENIZER, temperature=config.temperature, max_new_tokens=config.max_new_tokens)
+    candidates = list(swirl.sample_candidates(policy, GOLD[:2], judge, ENV.grammar, config, 0, 0))
+    return candidates, swirl._trees(policy.renderer, GOLD[:2], candidates)
+
+
+def test_candidates_stand_at_every_state():
+    candidates, trees = batch_of(tiny_model(TOKENIZER), EvenLetters())
+    assert [(i, drawn[0].state) for i, _, drawn in candidates] == [(i, k) for i in (0, 1) for k in range(len(GOLD[i].steps))]
+    for i, actions, drawn in candidates:
+        assert [one.g for one in drawn] == [0, 1, 2]
+        assert len(actions) == 3
+        assert sum(one.advantage for one in drawn) == pytest.approx(0, abs=1e-9)
+        assert drawn[0].task == GOLD[i].task.id
+    renderer = Renderer(TOKENIZER)
+    for trajectory, tree in zip(GOLD, trees, strict=False):
+        assert [len(renderer.encode(state).ids) for state in trajectory.states()] == tree.starts
+
+
+@pytest.mark.parametrize("reference", [True, False])
+def test_loss_is_the_formula(reference):
+    model, old = tiny_model(TOKENIZER, seed=1), tiny_model(TOKENIZER, seed=2)
+    candidates, trees = batch_of(model, EvenLetters())
+    scored = sum(one.advantage is not None for _, _, drawn in candidates for one in drawn)
+    got = swirl.backward(model, old, trees, replace(CONFIG, reference=reference), scored)
+    total, kl_total, tokens = 0.0, 0.0, 0
+    with torch.no_grad():
+        for i, actions, drawn in candidates:
+            context = Renderer(TOKENIZER).encode(GOLD[i].states()[drawn[0].state]).ids
+            for ids, one in zip(actions, drawn, strict=True):
+                row = torch.tensor(np.concatenate([context, ids])).long()[None]
+                p, q = (torch.log_softmax(m(row).logits[0, len(context) - 1 : -1] / 0.8, -1) for m in (model, old))
+                taken = sum(float(p[t, token]) for t, token in enumerate(ids))
+                kl = float((p.exp() * (p - q)).sum())
+                total += (-one.advantage * taken + 0.1 * kl) / 6 / scored
+                kl_total, tokens = kl_total + kl, tokens + len(ids)
+    assert got["loss"] == pytest.approx(total, rel=1e-4)
+    assert got["kl"] == pytest.approx(kl_total / tokens, rel=1e-4)
+    assert got["tokens"] == tokens
+
+
+def test_reference_and_fast_way_train_alike():
+    final = []
+    for reference in (True, False):
+        model, losses = tiny_model(TOKENIZER, seed=1), []
+        config = replace(CONFIG, reference=reference, learning_rate=1e-3)
+        swirl.train(model, TOKENIZER, GOLD[:4], EvenLetters(), ENV.grammar, config, log=losses.append)
+        final.append([one["loss"] for one in losses])
+    assert final[0] == pytest.approx(final[1], abs=1e-5)
+
+
+class Unknowing:
+    """Knows nothing about every second action, and nothing at all if told so."""
+
+    name, uses_gold = "unknowing@1", False
+
+    def __init__(self, everything=False):
+        self.everything = everything
+
+    def __call__(self, views):
+        return [Verdict(None if self.everything or i % 2 else i / 100, "?", self.name) for i in range(len(views))]
+
+
+def test_unknown_verdicts_carry_no_gradient_and_are_counted():
+    candidates, trees = batch_of(tiny_model(TOKENIZER), Unknowing())
+    drawn = [one for _, _, group in candidates for one in group]
+    assert all(one.advantage is None for one in drawn if one.verdict.score is None)
+    lonely = [group for _, _, group in candidates if sum(one.verdict.score is not None for one in group) == 1]
+    assert lonely
+    assert all(one.advantage is None for group in lonely for one in group)
+    assert sum(len(a) for tree in trees for a in tree.actions) == sum(one.advantage is not None for one in drawn)
+    metrics = swirl._count(candidates)
+    assert metrics["unknown"] == sum(one.verdict.score is None for one in drawn)
+
+
+def test_nothing_to_learn_from_is_told():
+    model = tiny_model(TOKENIZER)
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(TrainingError, match="No trajectory is left"):
+        swirl.train(model, TOKENIZER, [], RulesJudge(), ENV.grammar, CONFIG)
+    with pytest.raises(TrainingError, match="Is the judge answering"):
+        swirl.train(model, TOKENIZER, GOLD[:1], Unknowing(everything=True), ENV.grammar, CONFIG)
+    with pytest.raises(TrainingError, match="No trajectory to imitate"):
+        sft.train(model, TOKENIZER, [], SftConfig())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step():
+    model = tiny_model(TOKENIZER)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    before = model.model.layers[0].mlp.up_proj.weight.clone()
+    with pytest.raises(TrainingError, match="not finite"):
+        sft.train(model, TOKENIZER, GOLD[:1], SftConfig())
+    assert torch.equal(before, model.model.layers[0].mlp.up_proj.weight)
+
+
+def test_same_seed_same_model():
+    trained = []
+    for _ in range(2):
+        model = tiny_model(TOKENIZER, seed=1)
+        swirl.train(model, TOKENIZER, GOLD[:2], EvenLetters(), ENV.grammar, replace(CONFIG, learning_rate=1e-3), seed=5)
+        trained.append([parameter.detach().clone() for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*trained, strict=True))
+
+
+def test_swirl_learns_what_the_judge_rewards():
+    model, seen = tiny_model(TOKENIZER, seed=1), []
+    config = SwirlConfig(
+        learning_rate=1e-2, epochs=12, batch_size=3, samples=8, max_new_tokens=8, beta=0.001, temperature=1.0
+    )
+    swirl.train(model, TOKENIZER, GOLD, EvenLetters(), ENV.grammar, config, log=seen.append)
+    start, end = (np.mean([one["score"] for one in part]) for part in (seen[:2], seen[-2:]))
+    assert end > start + 0.2
+    assert seen[0]["kl"] == pytest.approx(0, abs=1e-5)  # the reference is the starting checkpoint
+    assert seen[-1]["kl"] > 0.01
