@@ -45,7 +45,9 @@ def f1(prediction: str, gold: str) -> float:
 
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
-_NUMBER = re.compile(rf"(?<![\w.])(-?)\s?[$€£]?\s?(-?)((?:{_DIGITS})(?:e[+-]?\d{{1,3}}\b)?)(?:\s?/\s?((?:{_DIGITS})))?", re.I)
+_NUMBER = re.compile(
+    rf"(?<![\w.])(-?)\s?[$€£]?\s?(-?)((?:{_DIGITS})(?:e[+-]?\d{{1,3}}\b)?)(?:\s?/\s?((?:{_DIGITS})))?", re.I
+)
 
 
 def parse_number(text: str) -> Fraction | None:

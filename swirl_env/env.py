@@ -78,7 +78,9 @@ class ToolEnv(gym.Env[str, str]):
         if not 0 <= outcome_weight <= 1:
             raise ConfigError(f"outcome_weight must lie in [0, 1], got {outcome_weight!r}.")
         for name, value in (("max_steps", max_steps), ("malformed_limit", malformed_limit)):
-            if (value is not None or name == "max_steps") and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if (value is not None or name == "max_steps") and (
+                isinstance(value, bool) or not isinstance(value, int) or value < 1
+            ):
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
         if render_mode not in (None, "ansi"):
             raise ConfigError(f"render_mode must be None or 'ansi', got {render_mode!r}.")
@@ -208,4 +210,6 @@ def _make_named_tool(name: str, search: dict[str, Any] | str | None) -> Tool:
         return Search(**settings)
     if isinstance(name, str) and ":" in name:
         return make_tool(load_object(name, "tool"))
-    raise UnknownNameError(f"No tool is called {name!r}.{near(name, ['calculator', 'search'])} Your own: 'module:attribute'.")
+    raise UnknownNameError(
+        f"No tool is called {name!r}.{near(name, ['calculator', 'search'])} Your own: 'module:attribute'."
+    )

@@ -84,7 +84,9 @@ class Grammar:
         reserved = {"result", "error", self.dialect.answer} | ({self.dialect.think} if self.dialect.think else set())
         for tag in self._tool_of:
             if tag in reserved or not re.fullmatch(_NAME, tag):
-                raise ConfigError(f"A tool cannot be called {tag!r}: names start with a letter and {reserved} are taken.")
+                raise ConfigError(
+                    f"A tool cannot be called {tag!r}: names start with a letter and {reserved} are taken."
+                )
         self._think = self.dialect.think or "think"
         names = "|".join(map(re.escape, [*self._tool_of, self.dialect.answer, self._think]))
         self._tag = re.compile(rf"<{_GAP}(/?){_GAP}({names}){_GAP}>", re.I)
@@ -125,7 +127,9 @@ class Grammar:
         if not isinstance(text, str):
             return Action("", malformed=f"An action is a string, not {type(text).__name__}. {self._advice()}")
         if len(text) > MAX_CHARACTERS:
-            return Action(text, malformed=f"The action has {len(text):,} characters; at most {MAX_CHARACTERS:,} are read.")
+            return Action(
+                text, malformed=f"The action has {len(text):,} characters; at most {MAX_CHARACTERS:,} are read."
+            )
         thoughts, calls, answers = [], [], []
         tags = list(self._tag.finditer(text))
         last_closing = {tag[2].lower(): i for i, tag in enumerate(tags) if tag[1]}
@@ -188,7 +192,7 @@ class Grammar:
     def _argument_hint(self, tool: Tool) -> str:
         required = tool.parameters.get("required", [])
         if len(required) > 1:
-            return json.dumps({name: "..." for name in required})
+            return json.dumps(dict.fromkeys(required, "..."))
         return self._main_argument(tool) or ""
 
     def _arguments(self, name: str, body: str) -> dict[str, Any]:
@@ -198,7 +202,9 @@ class Grammar:
                 value = json.loads(body)
             except (ValueError, RecursionError):
                 value = None
-            if isinstance(value, dict) and (len(value) != 1 or set(value) <= set(tool.parameters.get("properties", {}))):
+            if isinstance(value, dict) and (
+                len(value) != 1 or set(value) <= set(tool.parameters.get("properties", {}))
+            ):
                 return value
         main = self._main_argument(tool)
         return {} if main is None and not body else {main or "input": body}

@@ -95,7 +95,8 @@ class Writer(Generic[Record]):
         except OSError as error:
             os.ftruncate(self._file, start)
             raise OSError(
-                error.errno, f"{self.path}: {error.strerror}. Every record before this one is kept; make room and run again"
+                error.errno,
+                f"{self.path}: {error.strerror}. Every record before this one is kept; make room and run again",
             ) from error
 
     def close(self) -> None:

@@ -3,13 +3,31 @@
 import re
 from functools import lru_cache
 
-_SMALL = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty"
-).split()
+_SMALL = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+    "twenty",
+]
 WORDS = {word: float(i) for i, word in enumerate(_SMALL)} | {
-    word: 10.0 * i
-    for i, word in enumerate("thirty forty fifty sixty seventy eighty ninety".split(), 3)
+    word: 10.0 * i for i, word in enumerate(["thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], 3)
 }
 _SCALES = {"hundred": 1e2, "thousand": 1e3, "million": 1e6, "billion": 1e9, "k": 1e3}
 # what else a word says, beyond its own number
@@ -91,6 +109,19 @@ def _spelled(text: str) -> set[float]:
                 found.add(total + current)
             total, current, running = 0.0, 0.0, False
     return found
+
+
+@lru_cache(maxsize=4096)
+def written(text: str) -> frozenset[float]:
+    """The numbers above 1 that a text writes, in digits or words, and nothing derived from them."""
+    digits = {float(match[1].replace(",", "")) for match in _DIGITS.finditer(text)}
+    return frozenset(key(value) for value in digits | _spelled(text) if value > 1)
+
+
+def uses(literals: frozenset[float], number: float) -> bool:
+    """Whether a calculation with these literals uses a number: as it is, or as a percentage (also of the rest or the sum)."""
+    share = number / 100
+    return not literals.isdisjoint(map(key, (number, share, 1 - share, 1 + share, 100 - number, 100 + number)))
 
 
 @lru_cache(maxsize=4096)

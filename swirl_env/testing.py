@@ -15,7 +15,15 @@ from swirl_env.tools import call_tool, make_tool
 from swirl_env.tools.base import function_schema
 from swirl_env.types import Action, Judge, StepView, ToolCall
 
-ACTIONS = ("<think>Let me see.</think>", "", "nonsense", "<answer>", "<nosuchtool>x</nosuchtool>", "\ud800", "a" * 200_000)
+ACTIONS = (
+    "<think>Let me see.</think>",
+    "",
+    "nonsense",
+    "<answer>",
+    "<nosuchtool>x</nosuchtool>",
+    "\ud800",
+    "a" * 200_000,
+)
 
 
 def check_env_contract(env: gym.Env, answers: bool = True) -> None:
@@ -40,7 +48,9 @@ def check_env_contract(env: gym.Env, answers: bool = True) -> None:
         assert isinstance(text, str) and isinstance(reward, float), f"{action[:20]!r}: expected (str, float, ...)"
         assert not (terminated and truncated), f"{action[:20]!r}: terminated and truncated at once"
         assert set(info) <= {"task_id", "transcript", "step", "outcome"}, f"unknown info keys {set(info)}"
-        assert ("outcome" in info) == (terminated or truncated), "info has `outcome` at the end of an episode, not before"
+        assert ("outcome" in info) == (terminated or truncated), (
+            "info has `outcome` at the end of an episode, not before"
+        )
     for task in base.task_set.tasks.values() if answers else ():
         for gold in task.answers:
             assert base.task_set.outcome(task, gold) == 1.0, f"{task.id}: its own gold answer {gold!r} does not score 1"
@@ -67,7 +77,11 @@ def check_judge_contract(judge: Judge, views: Sequence[StepView] = ()) -> None:
     assert isinstance(getattr(judge, "uses_gold", None), bool), "a judge says `uses_gold = False` (or True)"
     batch = list(views) or [
         StepView("What is 2+3?", (), Action(text, thought, (), answer), 3)
-        for text, thought, answer in [("", "", None), ("<think>add</think>", "add", None), ("<answer>5</answer>", "", "5")]
+        for text, thought, answer in [
+            ("", "", None),
+            ("<think>add</think>", "add", None),
+            ("<answer>5</answer>", "", "5"),
+        ]
     ]
     verdicts = ask(judge, batch)
     assert len(verdicts) == len(batch)

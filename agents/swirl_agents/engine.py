@@ -94,7 +94,9 @@ class PrefixCache:
         """Remember the unmasked slots of one row of a batch."""
         slots = mask.nonzero()[:, 0]
         layers = [(layer.keys[row][:, slots].clone(), layer.values[row][:, slots].clone()) for layer in cache.layers]
-        self._entries = [e for e in self._entries if not (len(e.ids) <= len(ids) and np.array_equal(e.ids, ids[: len(e.ids)]))]
+        self._entries = [
+            e for e in self._entries if not (len(e.ids) <= len(ids) and np.array_equal(e.ids, ids[: len(e.ids)]))
+        ]
         self._entries.append(_Entry(ids, layers))
         while len(self._entries) > 1 and sum(len(entry.ids) for entry in self._entries) > self.budget_tokens:
             self._entries.pop(0)

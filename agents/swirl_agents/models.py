@@ -85,9 +85,13 @@ def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
     path = str(_converted()) if name == DEFAULT else name
     local = Path(path).is_dir()
     if not local and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise UnknownNameError(f"There is no model folder {path!r}. Known: {DEFAULT}, a folder, or a hub name owner/model.")
+        raise UnknownNameError(
+            f"There is no model folder {path!r}. Known: {DEFAULT}, a folder, or a hub name owner/model."
+        )
     if not local and "/" not in path:
-        raise UnknownNameError(f"No model is called {name!r}.{near(name, [DEFAULT, 'oracle', 'random', 'replay:FILE'])}")
+        raise UnknownNameError(
+            f"No model is called {name!r}.{near(name, [DEFAULT, 'oracle', 'random', 'replay:FILE'])}"
+        )
     if local and not any(Path(path).glob("*.safetensors")):
         raise ConfigError(f"{path} holds no .safetensors file. Only safetensors are loaded (pickle can run code).")
     try:
@@ -95,7 +99,9 @@ def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         first = str(error).strip().split("\n")[0]
-        raise UnknownNameError(f"The model {name!r} cannot be loaded: {first} Known offline: {DEFAULT}, or a folder.") from error
+        raise UnknownNameError(
+            f"The model {name!r} cannot be loaded: {first} Known offline: {DEFAULT}, or a folder."
+        ) from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"The tokenizer of {name!r} has no end-of-text token, so no action could end.")
     return model.to(device).eval(), tokenizer

@@ -135,7 +135,9 @@ def _solve(env: ToolEnv, task: Task, transcript: Transcript) -> Action:
 
 
 _ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
-_EQUATION = re.compile(r"([\d.,()$%\s+*/x×÷-]*[\d)]%?\s*[-+*/x×÷]\s*[\d($.][\d.,()$%\s+*/x×÷-]*)=\s?\$?(-?\d[\d,]*\.?\d*)")
+_EQUATION = re.compile(
+    r"([\d.,()$%\s+*/x×÷-]*[\d)]%?\s*[-+*/x×÷]\s*[\d($.][\d.,()$%\s+*/x×÷-]*)=\s?\$?(-?\d[\d,]*\.?\d*)"
+)
 
 
 @lru_cache(maxsize=4096)
@@ -181,7 +183,11 @@ def calculations(question: str, solution: str, gold: str) -> tuple[str, ...]:
     if not done():
         goal = float(parse_number(gold) or 0)
         last = results[-1:]
-        step = bridge(goal, last, [*known, *results]) or bridge(goal, [*results], [*known, *results]) or bridge(goal, known)
+        step = (
+            bridge(goal, last, [*known, *results])
+            or bridge(goal, [*results], [*known, *results])
+            or bridge(goal, known)
+        )
         if step and step not in plan:
             plan.append(step)
         else:
@@ -235,7 +241,9 @@ def _best_query(task: Task, finder: Search, missing: list[str], queries: list[st
     texts = {document.title: f"{document.title} {document.text}" for document in finder.documents}
     options = []
     for title in missing:
-        paragraph = [word for word in dict.fromkeys(words(texts.get(title, ""))) if word in content(texts.get(title, ""))]
+        paragraph = [
+            word for word in dict.fromkeys(words(texts.get(title, ""))) if word in content(texts.get(title, ""))
+        ]
         shared = [word for word in dict.fromkeys(words(task.question)) if word in paragraph]
         linked = [word for word in dict.fromkeys(words(title)) if word in known]
         options += [title, " ".join(linked), " ".join(dict.fromkeys([*linked, *shared])), " ".join(shared)]

@@ -18,7 +18,10 @@ def tiny_tokenizer(words: str = "") -> Any:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>", additional_special_tokens=["<|im_start|>"]
+        tokenizer_object=core,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
     )
     if words:
         tokenizer.add_tokens(words.split())
@@ -26,7 +29,9 @@ def tiny_tokenizer(words: str = "") -> Any:
     return tokenizer
 
 
-def tiny_model(tokenizer: Any, seed: int = 0, hidden: int = 32, layers: int = 2, context: int = 4096, dtype: Any = None) -> Any:
+def tiny_model(
+    tokenizer: Any, seed: int = 0, hidden: int = 32, layers: int = 2, context: int = 4096, dtype: Any = None
+) -> Any:
     """A random Llama of a few thousand weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

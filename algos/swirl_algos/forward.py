@@ -16,7 +16,9 @@ from transformers import DynamicCache
 def _padded(rows: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:
     """int64[N, T], padded on the right with each row's own last token."""
     length = max(map(len, rows))
-    return torch.tensor(np.stack([np.pad(row, (0, length - len(row)), mode="edge") for row in rows]), device=device).long()
+    return torch.tensor(
+        np.stack([np.pad(row, (0, length - len(row)), mode="edge") for row in rows]), device=device
+    ).long()
 
 
 def _logprobs(logits: torch.Tensor, candidates: Sequence[np.ndarray], temperature: float) -> list[torch.Tensor]:
@@ -25,7 +27,11 @@ def _logprobs(logits: torch.Tensor, candidates: Sequence[np.ndarray], temperatur
 
 
 def rows(
-    model, trunk: np.ndarray, starts: Sequence[int], candidates: Sequence[Sequence[np.ndarray]], temperature: float = 1.0
+    model,
+    trunk: np.ndarray,
+    starts: Sequence[int],
+    candidates: Sequence[Sequence[np.ndarray]],
+    temperature: float = 1.0,
 ) -> Iterator[list[torch.Tensor]]:
     """One row a candidate: the reference that every faster way is tested against.
 
@@ -47,7 +53,11 @@ def rows(
 
 
 def shared(
-    model, trunk: np.ndarray, starts: Sequence[int], candidates: Sequence[Sequence[np.ndarray]], temperature: float = 1.0
+    model,
+    trunk: np.ndarray,
+    starts: Sequence[int],
+    candidates: Sequence[Sequence[np.ndarray]],
+    temperature: float = 1.0,
 ) -> Iterator[list[torch.Tensor]]:
     """The trunk once, then one call a state for its candidates; arguments as for `rows`."""
     last = max(starts) - 1

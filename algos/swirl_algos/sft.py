@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-
 from swirl_agents.rendering import Renderer
+
 from swirl_algos.configs import SftConfig
 from swirl_algos.optimize import Optimizer, TrainingError
 from swirl_env.types import Message, Trajectory, Transcript
@@ -46,7 +46,9 @@ def train(
     context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     fitting = [one for one in encoded if len(one.ids) <= context]
     if not fitting:
-        raise TrainingError(f"No trajectory to imitate: {len(trajectories)} given, {len(encoded) - len(fitting)} too long.")
+        raise TrainingError(
+            f"No trajectory to imitate: {len(trajectories)} given, {len(encoded) - len(fitting)} too long."
+        )
     order = np.random.default_rng(seed)
     batches = []
     for _ in range(config.epochs):

@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-
 from swirl_agents.local import LocalPolicy
 from swirl_agents.rendering import Renderer
 from swirl_agents.rollout import draw_seed
+
 from swirl_algos import forward
 from swirl_algos.advantages import leave_one_out
 from swirl_algos.configs import SwirlConfig
@@ -124,7 +124,8 @@ def sample_candidates(
     """
     jobs = [(i, k, state) for i, trajectory in enumerate(batch) for k, state in enumerate(trajectory.states())]
     states = [
-        replace(state, stop=grammar.stop, seed=draw_seed(seed, batch[i].id, k, update, "stage 2")) for i, k, state in jobs
+        replace(state, stop=grammar.stop, seed=draw_seed(seed, batch[i].id, k, update, "stage 2"))
+        for i, k, state in jobs
     ]
     sampled = policy(states, config.samples)
     shown = [views(trajectory) for trajectory in batch]
@@ -179,11 +180,18 @@ def backward(model, reference, trees: Sequence[_Tree], config: SwirlConfig, acti
         for logprobs_G, reference_G, ids_G, advantages_G in zip(
             run(model, *arguments), targets, tree.actions, tree.advantages, strict=True
         ):
-            for logprobs_AV, reference_AV, ids, advantage in zip(logprobs_G, reference_G, ids_G, advantages_G, strict=True):
+            for logprobs_AV, reference_AV, ids, advantage in zip(
+                logprobs_G, reference_G, ids_G, advantages_G, strict=True
+            ):
                 kl_A = exact_kl(logprobs_AV, reference_AV)
                 logprobs_A = token_logprobs(logprobs_AV, torch.tensor(ids, device=model.device).long())
                 loss = loss + swirl_loss(
-                    logprobs_A, kl_A, float(advantage), beta=config.beta, max_tokens=config.max_new_tokens, actions=actions
+                    logprobs_A,
+                    kl_A,
+                    float(advantage),
+                    beta=config.beta,
+                    max_tokens=config.max_new_tokens,
+                    actions=actions,
                 )
                 with torch.no_grad():
                     kl_sum += float(kl_A.sum())

@@ -13,24 +13,34 @@ from swirl_env.errors import ConfigError, SwirlError
 Env = Annotated[str, tyro.conf.Positional]
 
 
-def _console(quiet: bool = False):
+def _console():
     from rich.console import Console
 
-    return Console(quiet=quiet, width=None if sys.stdout.isatty() else 120, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
-def run(config: Annotated[RunConfig, tyro.conf.arg(name="")], *, out: str | None = None) -> None:
+def run(
+    config: Annotated[RunConfig, tyro.conf.arg(name="")],
+    *,
+    out: str | None = None,
+    json: str | None = None,
+) -> None:
     """Warm start, generate, judge, filter, train, and evaluate before and after.
 
     Example: swirl run swirl/GSM8K-v0 --tasks 32
 
     Args:
-        out: run folder; one that holds the same run goes on where it stopped. Default: runs/NAME-seed.
+        out: run folder; one that holds the same run goes on where it stopped. Default: runs/NAME-TASKS-seedSEED.
+        json: file for a copy of the results.
     """
+    from swirl_benchmarks import evaluate
     from swirl_benchmarks.run import run as run_all
 
     name = config.env.rpartition("/")[2].lower()
-    run_all(config, Path(out or f"runs/{name}-{config.tasks}-seed{config.seed}"), _console())
+    folder = Path(out or f"runs/{name}-{config.tasks}-seed{config.seed}")
+    results = run_all(config, folder, _console(), command=" ".join(["swirl", *sys.argv[1:]]))
+    if json:
+        evaluate.write_json(json, results)
 
 
 def eval_(
@@ -72,7 +82,9 @@ def eval_(
     policy = evaluate.make_policy(model, world, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
     chosen = evaluate.choose(list(world.unwrapped.task_set.tasks), tasks, seed)  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as scratch:
-        acted = stages.generate(make, policy, chosen, Path(scratch) / "acted.jsonl", samples=samples, seed=seed, name="evaluate")
+        acted = stages.generate(
+            make, policy, chosen, Path(scratch) / "acted.jsonl", samples=samples, seed=seed, name="evaluate"
+        )
         judged = stages.judge(acted, judging, Path(out) if out else Path(scratch) / "judged.jsonl")
     figures = evaluate.report(world, model, judged) | {"judge": judging.name, "seed": seed, "temperature": temperature}
     if json:
@@ -80,7 +92,9 @@ def eval_(
     evaluate.print_table(f"{env}, mean [95 % interval]", {model: figures}, _console())
 
 
-def play(env: Env, /, *, path: str | None = None, split: str = "test", task: str | None = None, seed: int | None = None) -> None:
+def play(
+    env: Env, /, *, path: str | None = None, split: str = "test", task: str | None = None, seed: int | None = None
+) -> None:
     """Act in an environment from the terminal.
 
     Example: swirl play swirl/GSM8K-v0
@@ -93,6 +107,7 @@ def play(env: Env, /, *, path: str | None = None, split: str = "test", task: str
         seed: of the random task.
     """
     from swirl_agents.human import play as play_in
+
     from swirl_benchmarks import evaluate
 
     play_in(evaluate.make(env, split=split, path=path), seed=seed, task_id=task)
@@ -119,7 +134,9 @@ def main() -> None:
     """Entry point of `swirl`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="swirl", description="Step-wise RL environments and training.")
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, prog="swirl", description="Step-wise RL environments and training."
+        )
     except (SwirlError, OSError) as error:
         print(f"swirl: {error}", file=sys.stderr)
         sys.exit(2)

@@ -7,9 +7,9 @@ import gymnasium as gym
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from swirl_agents.scripted import SCRIPTED, make_scripted
 
 import swirl_env  # noqa: F401  registers the ids
-from swirl_agents.scripted import SCRIPTED, make_scripted
 from swirl_benchmarks.metrics import Estimate, summary
 from swirl_env.env import ToolEnv
 from swirl_env.errors import UnknownNameError, near
@@ -42,9 +42,7 @@ def make_policy(name: str, env: gym.Env, *, temperature: float, max_new_tokens: 
     from swirl_agents.models import load_model
 
     model, tokenizer = load_model(name)
-    return LocalPolicy(
-        model, tokenizer, name=name, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed
-    )
+    return LocalPolicy(model, tokenizer, name=name, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
 
 
 def choose(task_ids: list[str], n: int | None, seed: int) -> list[str]:

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from swirl_algos.configs import SftConfig, SwirlConfig
 from tyro.conf import Positional
 
-from swirl_algos.configs import SftConfig, SwirlConfig
 from swirl_benchmarks import evaluate, stages
 from swirl_benchmarks.metrics import paired_difference, process_score
 from swirl_env.env import ToolEnv
@@ -69,8 +69,14 @@ class RunConfig:
     swirl: SwirlConfig = field(default_factory=SwirlConfig)
 
 
-def run(config: RunConfig, folder: Path, console: Console) -> dict[str, Any]:
+def run(config: RunConfig, folder: Path, console: Console, command: str = "") -> dict[str, Any]:
     """Run, or go on with, the pipeline in `folder`; returns the results (also in `results.json`).
+
+    Args:
+        config: what to do.
+        folder: the run folder.
+        console: where the table goes.
+        command: recorded in the results.
 
     Raises:
         ConfigError: the folder holds a run with another config; the differences are named.
@@ -85,7 +91,9 @@ def run(config: RunConfig, folder: Path, console: Console) -> dict[str, Any]:
     questions = {train_env.task_set.tasks[task_id].question for task_id in train_ids}
     test_ids = [task_id for task_id in test_ids if test_env.task_set.tasks[task_id].question not in questions]
     if len(train_ids) < 2 or not test_ids:
-        raise ConfigError(f"{len(train_ids)} training and {len(test_ids)} unseen test tasks: at least 2 and 1 are needed.")
+        raise ConfigError(
+            f"{len(train_ids)} training and {len(test_ids)} unseen test tasks: at least 2 and 1 are needed."
+        )
     shuffled = evaluate.choose(train_ids, len(train_ids), config.seed)
     count = min(config.tasks, len(shuffled) // 2)
     shown, practised = shuffled[:count], shuffled[count : 2 * count]
@@ -138,7 +146,7 @@ def run(config: RunConfig, folder: Path, console: Console) -> dict[str, Any]:
         model.save(folder / "swirl")
     model.use(folder / "swirl")
     measure("swirl")
-    results = _results(config, test(), evaluations, kept, time.monotonic() - started)
+    results = {"command": command, **_results(config, test(), evaluations, kept, time.monotonic() - started)}
     evaluate.write_json(folder / "results.json", results)
     show(results, console)
     return results
@@ -146,7 +154,9 @@ def run(config: RunConfig, folder: Path, console: Console) -> dict[str, Any]:
 
 def show(results: dict[str, Any], console: Console) -> None:
     """The results as a table, and the paired differences."""
-    evaluate.print_table(f"{results['config']['env']}, unseen questions, mean [95 % interval]", results["policies"], console)
+    evaluate.print_table(
+        f"{results['config']['env']}, unseen questions, mean [95 % interval]", results["policies"], console
+    )
     for name, differences in results["differences"].items():
         for what, estimate in differences.items():
             clear = "clear of 0" if estimate["low"] > 0 or estimate["high"] < 0 else "not clear of 0"

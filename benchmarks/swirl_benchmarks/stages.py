@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
-from tqdm import tqdm
-
 from swirl_agents.rollout import rollout
 from swirl_algos.filters import Kept, keep
+from tqdm import tqdm
+
 from swirl_env.io import Writer, read
 from swirl_env.judges import ask, views
 from swirl_env.types import Judge, Policy, Trajectory
@@ -47,9 +47,13 @@ def judge(trajectories: Iterable[Trajectory], judge: Judge, path: Path) -> list[
     missing = [trajectory for trajectory in trajectories if trajectory.key not in done]
     if missing:
         with Writer(path) as out:
-            for trajectory in tqdm(missing, desc=f"judge ({judge.name})", unit="trajectory", disable=len(missing) < 100):
+            for trajectory in tqdm(
+                missing, desc=f"judge ({judge.name})", unit="trajectory", disable=len(missing) < 100
+            ):
                 verdicts = ask(judge, views(trajectory))
-                steps = [replace(step, verdict=verdict) for step, verdict in zip(trajectory.steps, verdicts, strict=True)]
+                steps = [
+                    replace(step, verdict=verdict) for step, verdict in zip(trajectory.steps, verdicts, strict=True)
+                ]
                 done[trajectory.key] = replace(trajectory, steps=tuple(steps))
                 out.write(done[trajectory.key])
     return [done[trajectory.key] for trajectory in trajectories]

@@ -72,5 +72,3 @@ def views(trajectory: Trajectory) -> list[StepView]:
         )
         for i, step in enumerate(bare)
     ]  # fmt: skip
-
-

@@ -12,7 +12,8 @@ Calculation    evaluates; is not a lone number, and not an operation that change
 Search         holds a word; is new (not the words of an earlier query, nor the title of a paragraph already shown); at
                least half of its content words come from the question or the evidence; from the fourth query on,
                one of them from the evidence.
-Answer         0 before any evidence. After calculations: the latest result, also rounded as written. After searches:
+Answer         0 before any evidence. After calculations: the latest result, also rounded as written; bad if most numbers
+               of the question were never used, lower the fewer were, and lower if another result waits. After searches:
                `yes` or `no` exactly where the question asks for one, and only after two paragraphs that the question
                names; else words that stand together in a paragraph, at most twelve, that do not merely repeat the
                question (unless it offers a choice), and hold a number where the question asks for one. Number words
@@ -36,13 +37,84 @@ from swirl_env.types import Step, StepView, ToolCall, Verdict
 NAME = "rules@1"
 
 _STOP = frozenset(
-    "a an and any are as at be been being by did do does for from had has have he her his how i if in into is it its "
-    "many me much my no not of on or our she so than that the their them then there these they this those to was we "
-    "were what when where which who whom whose why will with would you your".split()
+    [
+        "a",
+        "an",
+        "and",
+        "any",
+        "are",
+        "as",
+        "at",
+        "be",
+        "been",
+        "being",
+        "by",
+        "did",
+        "do",
+        "does",
+        "for",
+        "from",
+        "had",
+        "has",
+        "have",
+        "he",
+        "her",
+        "his",
+        "how",
+        "i",
+        "if",
+        "in",
+        "into",
+        "is",
+        "it",
+        "its",
+        "many",
+        "me",
+        "much",
+        "my",
+        "no",
+        "not",
+        "of",
+        "on",
+        "or",
+        "our",
+        "she",
+        "so",
+        "than",
+        "that",
+        "the",
+        "their",
+        "them",
+        "then",
+        "there",
+        "these",
+        "they",
+        "this",
+        "those",
+        "to",
+        "was",
+        "we",
+        "were",
+        "what",
+        "when",
+        "where",
+        "which",
+        "who",
+        "whom",
+        "whose",
+        "why",
+        "will",
+        "with",
+        "would",
+        "you",
+        "your",
+    ]
 )
 _POLAR = re.compile(r"\b(?:is|are|was|were|do|does|did|has|have|had|can|could|will|would|should)\b", re.I)
 _WH = re.compile(r"\b(?:what|which|who|whom|whose|where|when|how|why|name)\b", re.I)
-_CHOICE = re.compile(r"\bor\b|\bbetween\b|\bout of\b|\bof the two\b|\b\w+(?:er|est)\b.*,|\b(?:first|more|most|both)\b", re.I)
+_CHOICE = re.compile(
+    r"\bor\b|\bbetween\b|\bout of\b|\bof the two\b|\b\w+(?:er|est)\b.*,|\b(?:first|more|most|both)\b", re.I
+)
 _ASKS_NUMBER = re.compile(r"\bhow (?:many|much|old|long|tall|far|large|high)\b|\b(?:what|which) year\b", re.I)
 _EQUATION = re.compile(r"(?<![\w.])([\d.,()$\s+*/x×÷-]{3,80})=\s?\$?(-?[\d,]*\.?\d+)")
 
@@ -156,11 +228,10 @@ def _read(expression: str) -> _Expression | str:
     """What an expression is, or the sentence that refuses it."""
     try:
         tree = parse(expression)
-        value = float(value_of(tree))
+        exact = value_of(tree)
     except ToolError as refusal:
         return str(refusal)
-    except OverflowError:
-        value = math.inf
+    value = float(exact) if abs(exact) < 1e300 else math.inf
     text = tidy(expression)
     literals = tuple(
         (text[node.col_offset : node.end_col_offset], numerals.key(float(node.value)))
@@ -298,24 +369,34 @@ def _answer(view: StepView, answer: str) -> Verdict:
     evidence = [shown for shown in _evidence(view.steps) if shown.text is not None]
     if not evidence:
         return _verdict(0.0, "an answer before any evidence")
-    calculated = [value for shown in evidence if (value := shown.result) is not None]
     read = [shown.text for shown in evidence if shown.result is None and shown.text is not None]
-    by_number = _number_answer(calculated, answer) if calculated else None
+    by_number = _number_answer(view.question, evidence, answer) if len(read) < len(evidence) else None
     if not read or (by_number is not None and by_number.good):
         return by_number or _verdict(0.0, "an answer before any evidence")
     return _text_answer(view.question, read, answer)
 
 
-def _number_answer(results: list[float], answer: str) -> Verdict:
+def _number_answer(question: str, evidence: list[_Shown], answer: str) -> Verdict:
+    calculated = [shown for shown in evidence if shown.result is not None]
+    results = [shown.result for shown in calculated]
     number = answers.parse_number(answer)
     written = re.sub(r"[^\d.eE-]", "", answer.rpartition("=")[2].strip(" .")) if number is not None else ""
     if number is None:
         return _verdict(0.0, "not one number")
-    if float(number) == results[-1] or _rounds_to(results[-1], written):
-        return _verdict(1.0, "the latest result")
-    if any(_rounds_to(value, written) for value in results):
-        return _verdict(0.3, "an earlier result, not the latest")
-    return _verdict(0.0, "not a result that was calculated")
+    if float(number) != results[-1] and not _rounds_to(results[-1], written):
+        if any(_rounds_to(value, written) for value in results):
+            return _verdict(0.3, "an earlier result, not the latest")
+        return _verdict(0.0, "not a result that was calculated")
+    reads = [_read(str(shown.call.arguments["expression"])) for shown in calculated]
+    literals = [literal for read in reads if isinstance(read, _Expression) for literal in read.literals]
+    values = frozenset(value for _, value in literals)
+    asked = numerals.written(question)
+    used = sum(numerals.uses(values, number) for number in asked) / len(asked) if asked else 1.0
+    if used < 0.5:
+        return _verdict(0.3, "the latest result, but most numbers of the question were never used")
+    waiting = any(not any(_rounds_to(value, text) for text, _ in literals) for value in results[:-1])
+    score = (0.5 + 0.5 * used) * (0.8 if waiting else 1.0)
+    return _verdict(max(score, 0.5), "the latest result" + (", though another waits unused" if waiting else ""))
 
 
 def is_polar(question: str) -> bool:

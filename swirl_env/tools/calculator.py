@@ -72,7 +72,9 @@ def parse(expression: str) -> ast.expr:
     try:
         return ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise ToolError(f"Cannot read {expression[:80]!r} as arithmetic. Use numbers, + - * / ** and brackets.") from None
+        raise ToolError(
+            f"Cannot read {expression[:80]!r} as arithmetic. Use numbers, + - * / ** and brackets."
+        ) from None
 
 
 def value_of(node: ast.expr, depth: int = 0) -> Number:
@@ -139,7 +141,11 @@ def _function(name: str, values: list[Number]) -> Number:
     if name in _REAL and len(values) == 1:
         return _numexpr(f"{name}(x)", x=float(values[0]))
     try:
-        if name in ("min", "max") or len(values) == 1 or (name == "round" and len(values) == 2 and abs(values[1]) < 100):
+        if (
+            name in ("min", "max")
+            or len(values) == 1
+            or (name == "round" and len(values) == 2 and abs(values[1]) < 100)
+        ):
             return _EXACT[name](values) if name in ("min", "max") else _EXACT[name](*values)
     except (TypeError, OverflowError, KeyError):
         pass

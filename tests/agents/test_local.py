@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import swirl_env  # noqa: F401
 from swirl_agents.local import LocalPolicy
 from swirl_agents.rendering import Renderer
 from swirl_agents.rollout import draw_seed, rollout
 from swirl_agents.testing import tiny_model, tiny_tokenizer
 from swirl_algos.forward import rows
+
+import swirl_env  # noqa: F401
 from swirl_env.errors import ConfigError
 from swirl_env.types import Message, Transcript
 
@@ -79,7 +79,12 @@ def test_without_a_template_lines_do():
     assert Renderer(tokenizer).decode(Renderer(tokenizer).encode(state("Q", "A", "R")).ids) == "Q\nA\nR\n"
 
 
-STATES = [state("Say something."), state("Q", "an action", "a result"), state("Q", "an action", "a result", "b", "c"), state("?")]
+STATES = [
+    state("Say something."),
+    state("Q", "an action", "a result"),
+    state("Q", "an action", "a result", "b", "c"),
+    state("?"),
+]
 
 
 def action_logprobs(transcript, tokens, temperature):
@@ -97,7 +102,9 @@ def test_logprobs_are_those_of_the_policy(temperature, n):
         for transcript, completions in zip(STATES, policy(STATES, n), strict=True):
             assert len(completions) == n
             for one in completions:
-                ratio = np.exp(action_logprobs(transcript, one.tokens, temperature) - one.tokens.logprobs[one.tokens.sampled])
+                ratio = np.exp(
+                    action_logprobs(transcript, one.tokens, temperature) - one.tokens.logprobs[one.tokens.sampled]
+                )
                 assert np.abs(ratio - 1).max() < 1e-4
                 assert one.text == RENDERER.decode(one.tokens.action_ids)
 

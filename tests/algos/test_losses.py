@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from swirl_algos.advantages import leave_one_out
 from swirl_algos.filters import FILTERS, keep
 from swirl_algos.losses import exact_kl, swirl_loss, token_logprobs
+
 from swirl_env.errors import UnknownNameError
 from swirl_env.types import Action, EnvRecord, Message, Step, Task, Trajectory, Verdict
 
@@ -54,7 +54,8 @@ def test_loss_against_the_closed_form():
     logprobs = [torch.tensor([-1.0, -2.0]), torch.tensor([-0.5])]
     kl = [torch.tensor([0.2, 0.4]), torch.tensor([0.6])]
     total = sum(
-        swirl_loss(lp, k, a, beta=0.1, max_tokens=10, actions=2) for lp, k, a in zip(logprobs, kl, [0.5, -0.5], strict=True)
+        swirl_loss(lp, k, a, beta=0.1, max_tokens=10, actions=2)
+        for lp, k, a in zip(logprobs, kl, [0.5, -0.5], strict=True)
     )
     policy = -(0.5 * -3.0 + -0.5 * -0.5) / 10 / 2
     assert float(total) == pytest.approx(policy + 0.1 * (0.6 + 0.6) / 10 / 2)

@@ -9,8 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import swirl_env  # noqa: F401
 from swirl_agents.local import LocalPolicy
 from swirl_agents.rendering import Renderer
 from swirl_agents.rollout import rollout
@@ -19,6 +17,8 @@ from swirl_agents.testing import tiny_model, tiny_tokenizer
 from swirl_algos import forward, sft, swirl
 from swirl_algos.configs import SftConfig, SwirlConfig
 from swirl_algos.optimize import TrainingError
+
+import swirl_env  # noqa: F401
 from swirl_env.judges import RulesJudge
 from swirl_env.types import Verdict
 
@@ -36,7 +36,9 @@ GOLD = list(rollout(make_env, oracle(ENV), [(i, 0) for i in list(ENV.task_set.ta
 def random_tree(draw, states, samples):
     trunk = draw.integers(0, 256, draw.integers(states, 40)).astype(np.int32)
     starts = sorted(draw.choice(np.arange(1, len(trunk) + 1), states, replace=False).tolist())
-    actions = [[draw.integers(0, 256, draw.integers(1, 9)).astype(np.int32) for _ in range(samples)] for _ in range(states)]
+    actions = [
+        [draw.integers(0, 256, draw.integers(1, 9)).astype(np.int32) for _ in range(samples)] for _ in range(states)
+    ]
     return trunk, starts, actions
 
 
@@ -112,7 +114,9 @@ def batch_of(model, judge, config=CONFIG):
 
 def test_candidates_stand_at_every_state():
     candidates, trees = batch_of(tiny_model(TOKENIZER), EvenLetters())
-    assert [(i, drawn[0].state) for i, _, drawn in candidates] == [(i, k) for i in (0, 1) for k in range(len(GOLD[i].steps))]
+    assert [(i, drawn[0].state) for i, _, drawn in candidates] == [
+        (i, k) for i in (0, 1) for k in range(len(GOLD[i].steps))
+    ]
     for i, actions, drawn in candidates:
         assert [one.g for one in drawn] == [0, 1, 2]
         assert len(actions) == 3

@@ -28,7 +28,9 @@ def make(env_id="swirl/HotPotQA-v0", **kwargs):
 
 
 @pytest.mark.parametrize("env_id", IDS)
-@pytest.mark.parametrize("kwargs", [{}, {"split": "test", "grammar": "paper"}, {"reward": "both", "malformed_limit": 2}])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"split": "test", "grammar": "paper"}, {"reward": "both", "malformed_limit": 2}]
+)
 def test_check_env_has_nothing_to_say(env_id, kwargs):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -197,7 +199,9 @@ def test_nasty_actions_are_observations(env_id, grammar):
 def test_no_action_raises(env_id, data):
     env = ENV_CACHE.setdefault(env_id, make(env_id))
     env.reset(seed=data.draw(st.integers(0, 1000)))
-    pieces = st.sampled_from(["<search>", "</search>", "<calculator>", "</calculator>", "<answer>", "</answer>", "1", "+", "film", " "])
+    pieces = st.sampled_from(
+        ["<search>", "</search>", "<calculator>", "</calculator>", "<answer>", "</answer>", "1", "+", "film", " "]
+    )
     for _ in range(3):
         action = data.draw(st.text() | st.lists(pieces, max_size=12).map("".join))
         *_, terminated, truncated, _ = env.step(action)
@@ -243,7 +247,11 @@ def test_bad_settings_are_told(kwargs, error, says):
         ("a.json", "[5]", "expected a JSON object"),
         ("a.json", '[{"_id": "1", "answer": "x"}]', "expected a text field 'question', got a record with _id, answer"),
         ("a.json", '[{"_id": "1", "question": "q", "answer": ""}]', "expected a text field 'answer'"),
-        ("a.json", '[{"_id": "1", "question": "q", "answer": "x", "context": "no"}]', r"a.json\[0\]: expected 'context'"),
+        (
+            "a.json",
+            '[{"_id": "1", "question": "q", "answer": "x", "context": "no"}]',
+            r"a.json\[0\]: expected 'context'",
+        ),
         ("a.jsonl", '{"_id": "1"}\nnot json\n', "a.jsonl:1"),
         ("a.json.gz", "not gzip", "not JSON"),
         ("a.json", "[" * 100_000, "nested"),

