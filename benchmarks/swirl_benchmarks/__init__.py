@@ -1,0 +1,1 @@
+"""The `swirl` command: runs, evaluations and the figures they print."""

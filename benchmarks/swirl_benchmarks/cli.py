@@ -71,6 +71,8 @@ def eval_(
     from swirl_benchmarks import evaluate, stages
     from swirl_env.judges import make_judge
 
+    if (tasks is not None and tasks < 1) or samples < 1:
+        raise ConfigError(f"--tasks must be at least 1 and --samples too, got {tasks} and {samples}.")
     if out is not None and Path(out).exists():
         raise ConfigError(f"{out} exists already. Give another --out.")
 

@@ -19,12 +19,13 @@ from typing import Any
 
 from rich.console import Console
 from swirl_algos.configs import SftConfig, SwirlConfig
+from swirl_algos.filters import FILTERS
 from tyro.conf import Positional
 
 from swirl_benchmarks import evaluate, stages
 from swirl_benchmarks.metrics import paired_difference, process_score
 from swirl_env.env import ToolEnv
-from swirl_env.errors import ConfigError
+from swirl_env.errors import ConfigError, UnknownNameError, near
 from swirl_env.io import Writer
 from swirl_env.judges import make_judge
 from swirl_env.types import Trajectory
@@ -82,10 +83,11 @@ def run(config: RunConfig, folder: Path, console: Console, command: str = "") ->
         ConfigError: the folder holds a run with another config; the differences are named.
     """
     started = time.monotonic()
-    _claim(folder, config)
+    _check(config)
     judge = make_judge(config.judge)
     train, test = (_maker(config, split) for split in ("train", "test"))
     train_env, test_env = train().unwrapped, test().unwrapped
+    _claim(folder, config)
     assert isinstance(train_env, ToolEnv) and isinstance(test_env, ToolEnv)
     train_ids, test_ids = list(train_env.task_set.tasks), list(test_env.task_set.tasks)
     questions = {train_env.task_set.tasks[task_id].question for task_id in train_ids}
@@ -198,6 +200,22 @@ def _maker(config: RunConfig, split: str) -> Callable[[], Any]:
     return lambda: evaluate.make(config.env, **kwargs)
 
 
+def _check(config: RunConfig) -> None:
+    """What could only fail hours later fails now."""
+    least = {"tasks": 1, "samples": 1, "batch_size": 1, "sft.epochs": 1, "sft.batch_size": 1, "swirl.epochs": 1,
+             "swirl.batch_size": 1, "swirl.samples": 2, "swirl.max_new_tokens": 1}  # fmt: skip
+    values = _flat(asdict(config))
+    for name, minimum in least.items():
+        if values[name] < minimum:
+            raise ConfigError(f"{name} must be at least {minimum}, got {values[name]}.")
+    if not config.swirl.temperature > 0:
+        raise ConfigError(
+            f"swirl.temperature must be above 0 to sample different actions, got {config.swirl.temperature}."
+        )
+    if config.filter not in FILTERS:
+        raise UnknownNameError(f"No filter is called {config.filter!r}.{near(config.filter, FILTERS)}")
+
+
 def _claim(folder: Path, config: RunConfig) -> None:
     """Write `run.json`, or check that the folder's run has the same config."""
     mine = json.loads(json.dumps(asdict(config)))
@@ -282,7 +300,14 @@ class _Log:
 
     def __init__(self, folder: Path, stage: str, name: str):
         self.stage, self.name = stage, name
-        self._out: Writer = Writer(folder / "metrics.jsonl")
+        path = folder / "metrics.jsonl"
+        if path.exists():  # a stage that was stopped begins anew: cut back to the checkpoint it starts from
+            with path.open(encoding="utf-8") as file:
+                lines = [line for line in file if line.endswith("\n") and json.loads(line)["stage"] != stage]
+            part = path.with_name("metrics.jsonl.part")
+            part.write_text("".join(lines), encoding="utf-8")
+            part.replace(path)
+        self._out: Writer = Writer(path)
         self._bar = None
 
     def __call__(self, metrics: dict[str, Any]) -> None:

@@ -1,0 +1,181 @@
+"""The `swirl` command as real processes, and the pipeline end to end with a tiny model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from swirl_agents.testing import tiny_model, tiny_tokenizer
+
+from swirl_env.io import read
+from swirl_env.types import Trajectory
+
+SWIRL = [sys.executable, "-m", "swirl_benchmarks.cli"]
+
+
+def swirl(*arguments, code=0, **kwargs):
+    done = subprocess.run([*SWIRL, *map(str, arguments)], capture_output=True, text=True, timeout=300, **kwargs)
+    assert done.returncode == code, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A model folder of a few thousand random weights."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = tiny_tokenizer()
+    tiny_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_help_names_every_command_without_torch():
+    done = swirl("--help")
+    for command in ("run", "eval", "play", "envs"):
+        assert command in done.stdout
+    code = "import sys, swirl_benchmarks.cli; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_envs():
+    out = swirl("envs").stdout
+    assert "swirl/GSM8K-v0" in out
+    assert "calculator" in out
+
+
+@pytest.mark.parametrize("env", ["swirl/GSM8K-v0", "swirl/HotPotQA-v0"])
+def test_eval_oracle(env, tmp_path):
+    file = tmp_path / "o.json"
+    swirl("eval", env, "--model", "oracle", "--json", file)
+    figures = json.loads(file.read_text())
+    assert figures["env"] == env
+    assert figures["model"] == "oracle"
+    assert figures["n"] == 100
+    assert figures["outcome"]["mean"] == 1.0
+    assert figures["outcome"]["low"] < 1.0
+    assert figures["process"]["mean"] > 0.95
+    assert figures["malformed"]["mean"] == figures["tool_errors"]["mean"] == 0.0
+    assert figures["unknown"] == 0
+
+
+def test_eval_random_then_replay(tmp_path):
+    recorded, first, second = (tmp_path / name for name in ("r.jsonl", "a.json", "b.json"))
+    swirl("eval", "swirl/GSM8K-v0", "--model", "random", "--tasks", 6, "--json", first, "--out", recorded)
+    swirl("eval", "swirl/GSM8K-v0", "--model", f"replay:{recorded}", "--tasks", 6, "--json", second)
+    a, b = (json.loads(path.read_text()) for path in (first, second))
+    assert a["n"] == b["n"] == 6
+    assert {k: a[k] for k in ("outcome", "process", "steps", "stops")} == {
+        k: b[k] for k in ("outcome", "process", "steps", "stops")
+    }
+    assert len(list(read(recorded, Trajectory))) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["eval", "swirl/GSM8k-v0", "--model", "oracle"], "Did you mean 'swirl/GSM8K-v0'?"),
+        (["eval", "swirl/GSM8K-v0", "--model", "orcle"], "Did you mean 'oracle'?"),
+        (["eval", "swirl/GSM8K-v0", "--model", "/no/such/folder"], "There is no model folder '/no/such/folder'"),
+        (["eval", "swirl/GSM8K-v0", "--model", "replay:nowhere.jsonl"], "nowhere.jsonl holds no trajectory"),
+        (["eval", "swirl/GSM8K-v0", "--model", "oracle", "--path", "nowhere.jsonl"], "There is no file nowhere.jsonl"),
+        (["eval", "swirl/GSM8K-v0", "--model", "oracle", "--judge", "ruls"], "Did you mean 'rules'?"),
+        (["eval", "swirl/GSM8K-v0", "--model", "oracle", "--tasks", "0"], "--tasks must be at least 1"),
+        (["play", "swirl/GSM8K-v0", "--task", "nope"], "No task has the id 'nope'"),
+        (["run", "swirl/GSM8K-v0", "--filter", "proces", "--tasks", "2"], "Did you mean 'process'?"),
+        (["run", "swirl/GSM8K-v0", "--tasks", "0"], "tasks must be at least 1"),
+        (["run", "swirl/GSM8K-v0", "--swirl.samples", "1"], "samples must be at least 2"),
+        (["eval", "swirl/GSM8K-v0", "--modle", "oracle"], "--model"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(arguments, says, tmp_path):
+    done = swirl(*arguments, code=2, cwd=tmp_path)
+    assert says in " ".join((done.stderr + done.stdout).split())
+    assert "Traceback" not in done.stderr
+
+
+def test_a_folder_without_safetensors(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    done = swirl("eval", "swirl/GSM8K-v0", "--model", tmp_path, code=2)
+    assert "holds no .safetensors file" in done.stderr
+
+
+def test_play():
+    done = swirl("play", "swirl/GSM8K-v0", "--seed", 1, input="hm\n<calculator>1+1</calculator>\n<answer>2</answer>\n")
+    assert "There is no tag." in done.stdout
+    assert "<result>2</result>" in done.stdout
+    assert "The gold answer:" in done.stdout
+    assert "before the episode" in swirl("play", "swirl/GSM8K-v0", input="").stdout
+
+
+RUN = ("run", "swirl/GSM8K-v0", "--tasks", 3, "--filter", "none", "--max-steps", 3, "--swirl.max-new-tokens", 8,
+       "--swirl.samples", 2, "--batch-size", 2)  # fmt: skip
+FILES = [
+    "demonstrations.jsonl",
+    "trajectories.jsonl",
+    "judged.jsonl",
+    "kept.jsonl",
+    "candidates.jsonl",
+    "metrics.jsonl",
+]
+
+
+def contents(folder):
+    """The records of a run, with what differs from run to run left out."""
+    stable = {}
+    for name in FILES:
+        lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        for line in lines:
+            for step in line.get("steps", []):
+                for part in [*step["results"], step["verdict"] or {}, step["tokens"] or {}]:
+                    part.pop("seconds", None)
+                    part.pop("logprobs", None)
+            for key, value in line.items():
+                line[key] = round(value, 4) if isinstance(value, float) else value
+        stable[name] = sorted(json.dumps(line, sort_keys=True) for line in lines)
+    results = json.loads((folder / "results.json").read_text())
+    return stable, {name: results["policies"][name]["process"] for name in results["policies"]}
+
+
+def test_run_end_to_end_resumes_after_kill_and_refuses_another_config(tiny, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = swirl(*RUN, "--model", tiny, "--out", whole, "--json", tmp_path / "r.json")
+    assert "paired difference in process" in done.stdout
+    expected = contents(whole)
+    assert all(expected[0].values())
+    assert json.loads((tmp_path / "r.json").read_text())["policies"].keys() == {"base", "warm_start", "swirl"}
+    train, test = (
+        {t.task.id for t in read(whole / name, Trajectory)} for name in ("trajectories.jsonl", "eval/swirl.jsonl")
+    )
+    assert not train & test
+    assert not train & {t.task.id for t in read(whole / "demonstrations.jsonl", Trajectory)}
+
+    # killed at three moments: while acting, after the warm start, while training; then run to the end
+    for moment in ("eval/base.unjudged.jsonl", "trajectories.jsonl", "candidates.jsonl"):
+        process = subprocess.Popen([*map(str, [*SWIRL, *RUN, "--model", tiny, "--out", killed])], stderr=subprocess.DEVNULL,
+                                   stdout=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+        deadline = time.monotonic() + 120
+        while process.poll() is None and not (killed / moment).exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    swirl(*RUN, "--model", tiny, "--out", killed)
+    assert contents(killed) == expected
+
+    # a second run of a finished one makes nothing again
+    before = {name: (whole / name).read_bytes() for name in FILES}
+    swirl(*RUN, "--model", tiny, "--out", whole)
+    assert {name: (whole / name).read_bytes() for name in FILES} == before
+
+    done = swirl(*RUN, "--model", tiny, "--out", whole, "--seed", 1, code=2)
+    assert "another config (seed: 0 there, 1 now)" in done.stderr
+
+
+def test_run_stops_with_a_sentence_where_nothing_is_kept(tiny, tmp_path):
+    out = tmp_path / "run"
+    done = swirl(*RUN, "--model", tiny, "--filter", "outcome", "--out", out, code=2)
+    assert "No trajectory is left to train on" in done.stderr
+    assert len(list(read(out / "judged.jsonl", Trajectory))) == 3
