@@ -214,13 +214,12 @@ def test_same_seed_same_model():
     assert all(torch.equal(a, b) for a, b in zip(*trained, strict=True))
 
 
-def test_swirl_learns_what_the_judge_rewards():
+def test_swirl_solves_what_the_judge_rewards():
     model, seen = tiny_model(TOKENIZER, seed=1), []
-    config = SwirlConfig(
-        learning_rate=1e-2, epochs=12, batch_size=3, samples=8, max_new_tokens=8, beta=0.001, temperature=1.0
-    )
+    config = SwirlConfig(learning_rate=2e-2, epochs=8, batch_size=6, samples=8, max_new_tokens=4, beta=0.001)
     swirl.train(model, TOKENIZER, GOLD, EvenLetters(), ENV.grammar, config, log=seen.append)
-    start, end = (np.mean([one["score"] for one in part]) for part in (seen[:2], seen[-2:]))
-    assert end > start + 0.2
+    assert seen[0]["score"] < 0.6
+    assert seen[-1]["score"] > 0.95
     assert seen[0]["kl"] == pytest.approx(0, abs=1e-5)  # the reference is the starting checkpoint
     assert seen[-1]["kl"] > 0.01
+    assert seen[-1]["entropy"] < seen[0]["entropy"]
