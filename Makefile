@@ -2,6 +2,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
+# settings of stage 2 that suit a 135M model on two cores
+LEARN := --swirl.epochs 3 --swirl.batch-size 2 --swirl.learning-rate 2e-5 --swirl.max-new-tokens 48
 
 help:
 	@echo "make demo       a small model learns to answer real GSM8K questions with a calculator (about 10 minutes)"
@@ -17,12 +19,12 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(VENV)/.ready
-	$(BIN)/swirl run swirl/GSM8K-v0 --tasks 32 --samples 2 --swirl.epochs 2 --swirl.max-new-tokens 48 --out runs/demo
+	$(BIN)/swirl run swirl/GSM8K-v0 --tasks 32 --samples 2 $(LEARN) --out runs/demo
 
 # Process score from warm start to SWiRL over three seeds; the JSON is committed.
 results: $(VENV)/.ready
 	for seed in 0 1 2; do \
-	  $(BIN)/swirl run swirl/GSM8K-v0 --tasks 48 --samples 2 --swirl.epochs 2 --swirl.max-new-tokens 48 --seed $$seed \
+	  $(BIN)/swirl run swirl/GSM8K-v0 --tasks 40 --samples 2 $(LEARN) --seed $$seed \
 	    --out runs/results/gsm8k-seed$$seed --json benchmarks/results/gsm8k-seed$$seed.json || exit 1; \
 	done
 

@@ -45,6 +45,8 @@ def ask(judge: Judge, batch: list[StepView]) -> list[Verdict]:
         if len(verdicts) != len(batch):
             raise ValueError(f"expected {len(batch)} verdicts, got {len(verdicts)}")
     except Exception as error:
+        if len(batch) > 1:  # one view that breaks the judge must not blind it to the others
+            return [verdict for view in batch for verdict in ask(judge, [view])]
         return [Verdict(None, f"the judge failed: {type(error).__name__}: {error}", judge.name)] * len(batch)
     return [verdict if _valid(verdict) else _unknown(verdict, judge.name) for verdict in verdicts]
 

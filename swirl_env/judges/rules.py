@@ -6,18 +6,20 @@ a score of at least 0.5. Because the score is a reward, each rule also closes a 
 Thought        0.5 if it says something new and every equation in it holds; the second in a row scores 0.
 Malformed      0.
 Any call       0 on the last step (its result could never be used) or if its evidence is already shown.
-Calculation    evaluates; is not a lone number, and not an operation that changes nothing; is new; its numbers come from
-               the question (digits, number words, percentages, units), an earlier result or small constants; and where
-               three results wait unused it uses one of them.
-Search         holds a word; is new (not the words of an earlier query, nor the title of a paragraph already shown); at
-               least half of its content words come from the question or the evidence; from the fourth query on,
-               one of them from the evidence.
+Calculation    evaluates; is not a lone number or something that reduces to one (x + 0, x * 1, x - x); is new, also in
+               another order; its numbers come from the question (digits, number words, percentages, units), an earlier
+               result or small constants; where three results wait unused it uses one of them; and all but three
+               calculations of an episode use a number of the question for the first time, or join two waiting results.
+Search         holds a word; is new (not the words of an earlier query that found something, not a paragraph already
+               shown); at least half of its content words come from the question or the evidence; from the fourth query
+               on, one of them from the evidence.
 Answer         0 before any evidence. After calculations: the latest result, also rounded as written; bad if most numbers
-               of the question were never used, lower the fewer were, and lower if another result waits. After searches:
-               `yes` or `no` exactly where the question asks for one, and only after two paragraphs that the question
-               names; else words that stand together in a paragraph, at most twelve, that do not merely repeat the
-               question (unless it offers a choice), and hold a number where the question asks for one. Number words
-               and digits are equal.
+               of the question were never used, lower the fewer were, if another result waits, and after a single
+               calculation for three numbers. After searches: `yes` or `no` exactly where the question asks for one, and
+               only after two paragraphs that it names; else words that stand together in a paragraph, at most twelve,
+               that do not merely repeat the question (unless it offers a choice), with a number or a name where it asks
+               for one; lower after a single paragraph, and the less of the question the paragraphs speak of. Number
+               words and digits are equal.
 
 What it cannot see: whether a sound calculation is the right one, or a grounded answer the asked one.
 """
@@ -25,6 +27,7 @@ What it cannot see: whether a sound calculation is the right one, or a grounded 
 import ast
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -35,6 +38,9 @@ from swirl_env.tools.search import words
 from swirl_env.types import Step, StepView, ToolCall, Verdict
 
 NAME = "rules@1"
+
+MAX_IDLE = 3
+"""Calculations of an episode that may bring nothing new together (more: 0.5 % of the steps of GSM8K's worked solutions)."""
 
 _STOP = frozenset(
     [
@@ -116,7 +122,8 @@ _CHOICE = re.compile(
     r"\bor\b|\bbetween\b|\bout of\b|\bof the two\b|\b\w+(?:er|est)\b.*,|\b(?:first|more|most|both)\b", re.I
 )
 _ASKS_NUMBER = re.compile(r"\bhow (?:many|much|old|long|tall|far|large|high)\b|\b(?:what|which) year\b", re.I)
-_EQUATION = re.compile(r"(?<![\w.])([\d.,()$\s+*/x×÷-]{3,80})=\s?\$?(-?[\d,]*\.?\d+)")
+_ASKS_PERSON = re.compile(r"^\W*(?:who|whose|whom)\b", re.I)
+_EQUATION = re.compile(r"(?<![\w.])([\d.,()$\s+*/x×÷-]{3,80})=\s?\$?(-?[\d,]*\.?\d+)(?![\d.,]*\s?[-+*/x×÷%\d(])")
 
 
 def _verdict(score: float, reason: str) -> Verdict:
@@ -216,11 +223,14 @@ def _thought(view: StepView) -> Verdict:
 @dataclass(frozen=True, slots=True)
 class _Expression:
     form: str
-    """The same for expressions that differ by order only."""
+    """Reduced: the same for expressions that differ only by order, brackets of sums and products, or what cancels."""
     literals: tuple[tuple[str, float], ...]
     """Each number as written and its value."""
-    changes: bool
-    """False for a lone number, for operations that change nothing (x + 0, x * 1) and that cancel (x - x, x / x)."""
+
+    @property
+    def changes(self) -> bool:
+        """False for a lone number and for what reduces to one: x + 0, x * 1, x - x, x * k / k."""
+        return not re.fullmatch(r"-?[\d.e+]+", self.form)
 
 
 @lru_cache(maxsize=4096)
@@ -228,32 +238,50 @@ def _read(expression: str) -> _Expression | str:
     """What an expression is, or the sentence that refuses it."""
     try:
         tree = parse(expression)
-        exact = value_of(tree)
+        value_of(tree)
     except ToolError as refusal:
         return str(refusal)
-    value = float(exact) if abs(exact) < 1e300 else math.inf
     text = tidy(expression)
     literals = tuple(
         (text[node.col_offset : node.end_col_offset], numerals.key(float(node.value)))
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and node.value < 1e300
     )
-    telling = [number for _, number in literals if number not in (0.0, 1.0)]
-    alone = len(telling) == 1 and telling[0] == numerals.key(abs(value))
-    cancels = len(set(telling)) == 1 and value in (0.0, 1.0)
-    changes = len(literals) > 1 and not alone and not cancels
-    return _Expression(_form(tree), literals, changes)
+    return _Expression(_form(tree), literals)
 
 
 def _form(node: ast.expr) -> str:
-    if isinstance(node, ast.BinOp):
-        parts = [_form(node.left), _form(node.right)]
-        if isinstance(node.op, (ast.Add, ast.Mult)):
-            parts.sort()
-        return f"({parts[0]} {type(node.op).__name__} {parts[1]})"
-    if isinstance(node, ast.Constant):
+    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub, ast.Mult, ast.Div)):
+        sums = isinstance(node.op, (ast.Add, ast.Sub))
+        parts: Counter[str] = Counter()
+        _collect(node, 1, sums, parts)
+        neutral = "0" if sums else "1"
+        left = {part: count for part, count in parts.items() if count and part != neutral}
+        if not left:
+            return neutral
+        if list(left.values()) == [1]:
+            return next(iter(left))
+        return f"{'sum' if sums else 'product'}({', '.join(f'{left[part]} x {part}' for part in sorted(left))})"
+    if isinstance(node, ast.UnaryOp):
+        inner = _form(node.operand)
+        return inner if isinstance(node.op, ast.UAdd) else inner[1:] if inner.startswith("-") else f"-{inner}"
+    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
         return f"{float(node.value):.12g}" if node.value < 1e300 else str(node.value)
+    if isinstance(node, ast.BinOp):
+        return f"{type(node.op).__name__}({_form(node.left)}, {_form(node.right)})"
     return ast.dump(node)
+
+
+def _collect(node: ast.expr, sign: int, sums: bool, parts: Counter[str]) -> None:
+    """Add the terms of a sum, or the factors of a product, with their signs."""
+    down, up = (ast.Sub, ast.Add) if sums else (ast.Div, ast.Mult)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, (down, up)):
+        _collect(node.left, sign, sums, parts)
+        _collect(node.right, -sign if isinstance(node.op, down) else sign, sums, parts)
+    elif sums and isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        _collect(node.operand, -sign, sums, parts)
+    else:
+        parts[_form(node)] += sign
 
 
 def _calculation(question: str, earlier: list[_Shown], call: ToolCall) -> Verdict:
@@ -274,7 +302,7 @@ def _calculation(question: str, earlier: list[_Shown], call: ToolCall) -> Verdic
     foreign = [
         text
         for text, value in expression.literals
-        if value not in known and not any(_rounds_to(result, text) for result in results)
+        if value not in known and not any(_rounds_to(abs(result), text) for result in results)
     ]
     if "%" in str(call.arguments["expression"]):
         foreign = [text for text in foreign if text != "100"]
@@ -283,9 +311,34 @@ def _calculation(question: str, earlier: list[_Shown], call: ToolCall) -> Verdic
         return _verdict(score, f"{foreign[0]} is neither in the question nor a result")
     used = [text for _, read in calculations for text, _ in read.literals]
     waiting = [value for value in results if not any(_rounds_to(value, text) for text in used)]
-    if len(waiting) >= 3 and not any(_rounds_to(value, text) for text, _ in expression.literals for value in waiting):
+    taken = sum(any(_rounds_to(value, text) for text, _ in expression.literals) for value in waiting)
+    if len(waiting) >= 3 and not taken:
         return _verdict(0.2, f"{len(waiting)} results wait unused, and this uses none of them")
+    if not _advances(question, expression, used, taken):
+        idle = _idle(question, [(read, shown.result) for shown, read in calculations])
+        if idle >= MAX_IDLE:
+            return _verdict(0.2, "neither a new number of the question nor two results that wait: time to answer")
     return _verdict(1.0, "a new calculation from known numbers")
+
+
+def _advances(question: str, expression: _Expression, used: list[str], taken: int) -> bool:
+    """Whether a calculation uses a number of the question for the first time, or brings two waiting results together."""
+    before = {numerals.key(float(text)) for text in used}
+    fresh = {value for _, value in expression.literals} & numerals.mentioned(question) - before
+    return bool(fresh) or taken >= 2
+
+
+def _idle(question: str, calculations: list[tuple[_Expression, float | None]]) -> int:
+    """How many of the calculations so far did not advance."""
+    used: list[str] = []
+    waiting: list[float] = []
+    idle = 0
+    for expression, result in calculations:
+        taken = [value for value in waiting if any(_rounds_to(value, text) for text, _ in expression.literals)]
+        idle += not _advances(question, expression, used, len(taken))
+        used += [text for text, _ in expression.literals]
+        waiting = [value for value in waiting if value not in taken] + ([] if result is None else [result])
+    return idle
 
 
 @lru_cache(maxsize=1024)
@@ -329,10 +382,12 @@ def _query(question: str, earlier: list[_Shown], call: ToolCall) -> Verdict:
         return _verdict(0.0, "an empty query")
     if len(query) > 30:
         return _verdict(0.2, "a query of over 30 content words")
-    if any(query <= content(_text_of(shown.call)) for shown in earlier):
-        return _verdict(0.0, "the words of an earlier query")
-    if any(query <= content(title) for title in _titles(earlier)):
-        return _verdict(0.0, "its paragraph is already shown")
+    if any(query <= content(_text_of(shown.call)) for shown in earlier if shown.text is not None or shown.call == call):
+        return _verdict(0.0, "the words of an earlier query that found something, or the same query again")
+    for paragraph in _paragraphs(earlier):
+        title = content(paragraph.partition("\n")[0])
+        if query <= title or (title <= query <= content(paragraph)):
+            return _verdict(0.0, "its paragraph is already shown")
     evidence = frozenset().union(*(content(shown.text) for shown in earlier if shown.text is not None))
     asked = content(question)
     tied = len(query & (asked | evidence)) / len(query)
@@ -347,10 +402,10 @@ def _text_of(call: ToolCall) -> str:
     return " ".join(map(str, call.arguments.values()))
 
 
-def _titles(earlier: list[_Shown]) -> list[str]:
-    """The first line of each paragraph that a search returned."""
+def _paragraphs(earlier: list[_Shown]) -> list[str]:
+    """The paragraphs that searches returned; the first line of each is its title."""
     texts = [shown.text for shown in earlier if shown.text is not None and "query" in shown.call.arguments]
-    return [paragraph.partition("\n")[0] for text in texts for paragraph in text.split("\n\n")]
+    return list(dict.fromkeys(paragraph for text in texts for paragraph in text.split("\n\n")))
 
 
 def _other(earlier: list[_Shown], call: ToolCall) -> Verdict:
@@ -394,9 +449,11 @@ def _number_answer(question: str, evidence: list[_Shown], answer: str) -> Verdic
     used = sum(numerals.uses(values, number) for number in asked) / len(asked) if asked else 1.0
     if used < 0.5:
         return _verdict(0.3, "the latest result, but most numbers of the question were never used")
-    waiting = any(not any(_rounds_to(value, text) for text, _ in literals) for value in results[:-1])
-    score = (0.5 + 0.5 * used) * (0.8 if waiting else 1.0)
-    return _verdict(max(score, 0.5), "the latest result" + (", though another waits unused" if waiting else ""))
+    waiting = any(not any(_rounds_to(abs(value), text) for text, _ in literals) for value in results[:-1])
+    hasty = len(results) == 1 and len(asked) >= 3
+    score = (0.5 + 0.5 * used) * (0.8 if waiting else 1.0) * (0.6 if hasty else 1.0)
+    doubt = ", though another waits unused" if waiting else ", though of a single calculation" if hasty else ""
+    return _verdict(max(score, 0.5), f"the latest result{doubt}")
 
 
 def is_polar(question: str) -> bool:
@@ -413,25 +470,34 @@ def _plain(text: str) -> str:
 
 def _text_answer(question: str, paragraphs: list[str], answer: str) -> Verdict:
     plain, polar = _plain(answer), is_polar(question)
+    shown = {paragraph for text in paragraphs for paragraph in text.split("\n\n")}
+    titles = {paragraph.partition("\n")[0] for paragraph in shown}
     if polar or plain.strip() in ("yes", "no"):
         if not polar:
             return _verdict(0.0, "yes or no where the question asks for something else")
         if plain.strip() not in ("yes", "no"):
             return _verdict(0.0, "the question asks for yes or no")
-        shown = {paragraph for text in paragraphs for paragraph in text.split("\n\n")}
-        if len(shown) < 2:
-            return _verdict(0.2, "yes or no after a single paragraph")
-        return _verdict(0.8, "yes or no after two paragraphs")
+        named = [title for title in titles if content(title) & content(question)]
+        if len(named) < 2:
+            return _verdict(0.2, "yes or no before two paragraphs that the question names")
+        return _verdict(0.8, "yes or no after two paragraphs that the question names")
     if not plain.strip():
         return _verdict(0.0, "an answer without words")
     if len(plain.split()) > 12:
         return _verdict(0.2, "an answer of over twelve words")
     if _ASKS_NUMBER.search(question) and not any(character.isdigit() for character in plain):
         return _verdict(0.1, "the question asks for a number")
+    if _ASKS_PERSON.search(question) and not any(character.isupper() for character in answer):
+        return _verdict(0.2, "the question asks for someone, and this names nobody")
     if not any(plain in _plain(text) for text in paragraphs):
         return _verdict(0.0, "does not stand in what was found")
     if not content(answer) - _STOP:
         return _verdict(0.0, "only function words")
     if content(answer) <= content(question) and not _CHOICE.search(question):
         return _verdict(0.3, "repeats the question")
-    return _verdict(1.0, "stands in what was found")
+    asked = content(question) - _STOP
+    covered = len(asked & frozenset().union(*map(content, shown))) / len(asked) if asked else 1.0
+    score = 0.5 + 0.25 * covered + (0.25 if len(shown) > 1 else 0.0)
+    return _verdict(
+        score, "stands in what was found" if len(shown) > 1 else "stands in the one paragraph that was found"
+    )

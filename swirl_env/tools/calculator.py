@@ -134,20 +134,25 @@ def _power(base: Number, exponent: Number) -> Number:
         if bits > 1 and bits * abs(exponent) > MAX_BITS:
             raise ToolError("The power is too large: its result would have over 1,000 digits.")
         return base ** int(exponent)
-    return _numexpr("x ** y", x=float(base), y=float(exponent))
+    try:
+        return _numexpr("x ** y", x=float(base), y=float(exponent))
+    except OverflowError:
+        raise ToolError("The numbers of the power are too large.") from None
 
 
 def _function(name: str, values: list[Number]) -> Number:
-    if name in _REAL and len(values) == 1:
-        return _numexpr(f"{name}(x)", x=float(values[0]))
     try:
+        if name in _REAL and len(values) == 1:
+            return _numexpr(f"{name}(x)", x=float(values[0]))
         if (
             name in ("min", "max")
             or len(values) == 1
             or (name == "round" and len(values) == 2 and abs(values[1]) < 100)
         ):
             return _EXACT[name](values) if name in ("min", "max") else _EXACT[name](*values)
-    except (TypeError, OverflowError, KeyError):
+    except OverflowError:
+        raise ToolError(f"The numbers are too large for {name}.") from None
+    except TypeError:
         pass
     raise ToolError(f"{name} does not take {len(values)} such values.")
 
@@ -180,10 +185,7 @@ def show(value: Number) -> str:
 
 def evaluate(expression: str) -> Number:
     """Value of an expression as people write it. Raises `ToolError` with a sentence for what is refused."""
-    try:
-        return value_of(parse(expression))
-    except OverflowError:
-        raise ToolError("The numbers are too large for this function.") from None
+    return value_of(parse(expression))
 
 
 @tool

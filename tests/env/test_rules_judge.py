@@ -114,9 +114,62 @@ def quick_answer(transcript):
     return "<answer>yes</answer>"
 
 
+def numbers_of(transcript):
+    return re.findall(r"\d+", transcript.messages[0].content.rpartition("\n\n")[2]) or ["7", "8"]
+
+
+def result_of(transcript):
+    return re.sub(r"<.*?>", "", transcript.messages[-1].content.split("\n")[0])
+
+
+def sum_then_answer(transcript):
+    if len(transcript.messages) == 1:
+        return f"<calculator>{'+'.join(numbers_of(transcript))}</calculator>"
+    return f"<answer>{result_of(transcript)}</answer>"
+
+
+def sum_then_add_one(transcript):
+    if len(transcript.messages) // 2 < 9 and len(transcript.messages) > 1:
+        return f"<calculator>{result_of(transcript)}+1</calculator>"
+    return sum_then_answer(transcript)
+
+
+def endless(transcript):
+    """What a policy trained against an earlier version of this judge came to do."""
+    numbers = numbers_of(transcript)
+    if len(transcript.messages) == 1:
+        return f"<calculator>{numbers[0]}+{numbers[-1]}</calculator>"
+    return f"<calculator>{result_of(transcript)}{'+*'[len(transcript.messages) // 2 % 2]}{numbers[0]}</calculator>"
+
+
+def new_word(transcript):
+    question = transcript.messages[0].content.rpartition("\n\n")[2].lower()
+    return next((w for w in re.findall(r"\w+", transcript.messages[-1].content)[3:] if w.lower() not in question), "x")
+
+
+def search_question_then_word(transcript):
+    if len(transcript.messages) == 1:
+        return same_search(transcript)
+    return f"<answer>{new_word(transcript)}</answer>"
+
+
+def same_paragraph_then_word(transcript):
+    turn = len(transcript.messages) // 2
+    if turn in (1, 2, 3):
+        title = transcript.messages[2].content.removeprefix("<result>").split("\n")[0]
+        words = [w for w in re.findall(r"\w+", transcript.messages[2].content) if len(w) > 3]
+        return f"<search>{title} {words[-turn]}</search>"
+    return search_question_then_word(transcript)
+
+
 @pytest.mark.parametrize(
     ("name", "act"),
     [
+        ("GSM8K", sum_then_answer),
+        ("GSM8K", sum_then_add_one),
+        ("GSM8K", endless),
+        ("HotPotQA", search_question_then_word),
+        ("HotPotQA", same_paragraph_then_word),
         ("GSM8K", always_think),
         ("GSM8K", always_calculate),
         ("GSM8K", quick_answer),
@@ -167,6 +220,13 @@ def calculate(expression, *earlier, question=QUESTION, left=5):
         ("3+48", [("48+3", "51")], False),  # the same in another order
         ("48", [], False),
         ("48*1", [], False),
+        ("48*2/2", [], False),
+        ("3-3", [], False),
+        ("(48+2)*1", [("48+2", "50")], False),
+        ("48+(2+3)", [("48+2+3", "53")], False),
+        ("50*3/3", [("48+2", "50")], False),
+        ("-45+48", [("3-48", "-45")], True),
+        ("sqrt(10**400)", [], False),
         ("48+0", [], False),
         ("48/", [], False),
         ("", [], False),
@@ -205,6 +265,7 @@ FISH = ("Big Fish film", "Big Fish\nBig Fish is a 2003 film directed by Tim Burt
         ("Tim Burton birthplace", [FISH], True),
         ("Tim Burton", [], False),  # nothing said that name yet
         ("film Big Fish", [FISH], False),  # the words of an earlier query
+        ("Big Fish 2003 directed", [FISH], False),  # the title and words of a paragraph already shown
         ("Big Fish", [FISH], False),  # its paragraph is shown
         ("", [], False),
         ("?!", [], False),
@@ -246,6 +307,7 @@ def test_yes_or_no():
     assert answer("yes", asked, *both)
     assert answer("No.", asked, *both)
     assert not answer("yes", asked, both[0])
+    assert not answer("yes", asked, "Paris\nA city.", "Rome\nA city.")
     assert not answer("yes", asked)
     assert not answer("Big Fish", asked, *both)
 
@@ -275,7 +337,7 @@ def test_an_answer_that_leaves_most_numbers_unused_is_bad():
         steps = shown(*(("calculator", "expression", text, result) for text, result in calculations))
         return JUDGE([StepView(question, steps, Action("", answer=calculations[-1][1]), 2)])[0].score
 
-    assert score(("12+20", "32")) == 0.5 + 0.5 * 2 / 4
+    assert score(("12+20", "32")) == 0.5  # a single calculation for four numbers
     assert score(("3*5", "15"), ("15+12", "27"), ("27+20", "47")) == 1.0
     assert score(("3*5", "15"), ("12+20", "32")) == pytest.approx(0.8)  # 15 waits unused
     assert score(("3*20", "60"), ("60*2", "120")) == 0.5 + 0.5 * 2 / 4
@@ -295,6 +357,7 @@ def test_thoughts():
     assert JUDGE([replace(first, action=Action("", thought="Since 48 / 2 = 25, each gets many."))])[0].score == 0.0
     assert wrong_equation("so 48/2 = 24 and 1/3 = 0.33") is None
     assert wrong_equation("so 48/2 = 24.5") is not None
+    assert wrong_equation("1/4 = 25% of the apples, and 3 + 4 = 5 + 2") is None
     assert JUDGE([replace(first, action=Action("x", malformed="no tag"))])[0].score == 0.0
 
 
@@ -330,6 +393,17 @@ def test_a_broken_judge_is_unknown_not_zero(reply):
     assert verdict.score is None
     assert verdict.good is None
     assert verdict.reason
+
+
+def test_one_view_that_breaks_a_judge_leaves_the_others():
+    class Fragile:
+        name, uses_gold = "fragile@1", False
+
+        def __call__(self, batch):
+            return [Verdict(1.0 / len(view.action.text), "", self.name) for view in batch]
+
+    scores = [v.score for v in ask(Fragile(), [StepView("q", (), Action(text)) for text in ("a", "", "bc")])]
+    assert scores == [1.0, None, 0.5]
 
 
 def test_only_a_gold_judge_sees_gold():
