@@ -5,6 +5,7 @@ tool results appended; `info["transcript"]` is the same as messages. Each step e
 A malformed action, an unknown tool, wrong arguments or a tool error is an observation that says what to write instead.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,8 +76,10 @@ class ToolEnv(gym.Env[str, str]):
             raise UnknownNameError(f"reward={reward!r} is not known.{near(reward, REWARDS)}")
         if reward != "outcome" and judge is None:
             raise ConfigError(f"reward={reward!r} needs a judge: give judge='rules', or reward='outcome'.")
-        if not 0 <= outcome_weight <= 1:
+        if not isinstance(outcome_weight, (int, float)) or not 0 <= outcome_weight <= 1:
             raise ConfigError(f"outcome_weight must lie in [0, 1], got {outcome_weight!r}.")
+        if isinstance(tools, str) or not all(isinstance(name, str) for name in tools):
+            raise ConfigError(f"tools must be a list of names, such as ['search'], got {tools!r}.")
         for name, value in (("max_steps", max_steps), ("malformed_limit", malformed_limit)):
             if (value is not None or name == "max_steps") and (
                 isinstance(value, bool) or not isinstance(value, int) or value < 1
@@ -89,7 +92,8 @@ class ToolEnv(gym.Env[str, str]):
         self.max_steps, self.malformed_limit = max_steps, malformed_limit
         self.task_set = load_tasks(tasks, split, path)
         self.judge = None if judge is None else make_judge(judge)
-        self.grammar = Grammar(grammar, [_make_named_tool(name, search) for name in tools])
+        searching = _search_settings(search)
+        self.grammar = Grammar(grammar, [_make_named_tool(name, searching) for name in tools])
         self._task_ids = list(self.task_set.tasks)
         self._kwargs = {
             "split": split, "path": path, "tools": list(tools), "judge": judge, "reward": reward,
@@ -131,7 +135,7 @@ class ToolEnv(gym.Env[str, str]):
         task_id = options.get("task_id")
         if task_id is None:
             task_id = self._task_ids[int(self.np_random.integers(len(self._task_ids)))]
-        if task_id not in self.task_set.tasks:
+        if not isinstance(task_id, str) or task_id not in self.task_set.tasks:
             raise UnknownNameError(
                 f"No task has the id {task_id!r}. There are {len(self._task_ids)}, such as {self._task_ids[0]!r}; "
                 "all are in env.unwrapped.task_set.tasks."
@@ -197,19 +201,28 @@ class ToolEnv(gym.Env[str, str]):
 _KWARGS = [name for name in ToolEnv.__init__.__kwdefaults__ if name != "render_mode"]
 
 
-def _make_named_tool(name: str, search: dict[str, Any] | str | None) -> Tool:
+def _search_settings(search: Any) -> dict[str, Any]:
+    """The keywords of `Search` that `search=` stands for."""
+    settings = {"backend": search} if isinstance(search, str) else {} if search is None else search
+    if not isinstance(settings, dict):
+        raise ConfigError(f"search must be a back end's name or settings such as {{'k': 3}}, got {search!r}.")
+    for key in set(settings) - set(SEARCH_KEYS):
+        raise UnknownNameError(f"search= has no setting {key!r}.{near(key, SEARCH_KEYS)}")
+    backend = settings.get("backend", "bm25")
+    if backend != "bm25":
+        raise UnknownNameError(f"No search back end is called {backend!r}.{near(backend, ['bm25'])}")
+    return {key: value for key, value in settings.items() if key != "backend"}
+
+
+def _make_named_tool(name: str, searching: dict[str, Any]) -> Tool:
     if name == "calculator":
         return calculator
     if name == "search":
-        settings = {"backend": search} if isinstance(search, str) else dict(search or {})
-        for key in set(settings) - set(SEARCH_KEYS):
-            raise UnknownNameError(f"search= has no setting {key!r}.{near(key, SEARCH_KEYS)}")
-        backend = settings.pop("backend", "bm25")
-        if backend != "bm25":
-            raise UnknownNameError(f"No search back end is called {backend!r}.{near(backend, ['bm25'])}")
-        return Search(**settings)
-    if isinstance(name, str) and ":" in name:
-        return make_tool(load_object(name, "tool"))
+        return Search(**searching)
+    if ":" in name:
+        found = load_object(name, "tool")
+        made = make_tool(found() if isinstance(found, type) else found)
+        return copy.copy(made) if hasattr(made, "bind") else made  # what is bound to a task belongs to one env
     raise UnknownNameError(
         f"No tool is called {name!r}.{near(name, ['calculator', 'search'])} Your own: 'module:attribute'."
     )

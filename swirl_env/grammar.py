@@ -7,6 +7,7 @@ escaped before the model sees it (`escape`), so that a document can neither clos
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from swirl_env.types import Action, Tool, ToolCall, ToolResult
 
 MAX_CHARACTERS = 100_000
 """Longer actions are malformed; they are kept in the record but not parsed."""
+MAX_CALLS = 8
+"""More calls in one action are malformed."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,24 @@ _TAG_LIKE = re.compile(rf"<(?={_GAP}[/|]?{_GAP}[A-Za-z_|])")
 _OPENING = re.compile(rf"<{_GAP}({_NAME}){_GAP}>")
 
 
+def _json(text: str) -> Any:
+    """JSON that can be written again as it is: finite numbers, no deep nesting, no lone surrogates; else `None`."""
+
+    def finite(number: str) -> float:
+        if not math.isfinite(float(number)):
+            raise ValueError(number)
+        return float(number)
+
+    if text.count("[") + text.count("{") > 100:
+        return None
+    try:
+        value = json.loads(text, parse_float=finite, parse_constant=finite)
+        json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):  # UnicodeEncodeError is a ValueError
+        return None
+    return value
+
+
 def escape(text: str) -> str:
     """Text of a tool or document with every `<` that could begin a tag or a control token written as `&lt;`."""
     return _TAG_LIKE.sub("&lt;", text)
@@ -89,7 +110,7 @@ class Grammar:
                 )
         self._think = self.dialect.think or "think"
         names = "|".join(map(re.escape, [*self._tool_of, self.dialect.answer, self._think]))
-        self._tag = re.compile(rf"<{_GAP}(/?){_GAP}({names}){_GAP}>", re.I)
+        self._tag = re.compile(rf"<{_GAP}(/?){_GAP}({names}){_GAP}>", re.I | re.A)
         self.stop = tuple(f"</{tag}>" for tag in (*self._tag_of.values(), self.dialect.answer))
         """A policy may stop sampling after any of these."""
 
@@ -168,12 +189,16 @@ class Grammar:
             return "A call and an answer cannot stand in one action."
         if answers and not answers[0]:
             return "The answer is empty."
+        if len(calls) > MAX_CALLS:
+            return f"There are {len(calls)} calls; at most {MAX_CALLS} can stand in one action."
         if answers or calls:
             return None
         if not text.strip():
             return "The action is empty."
         if foreign := _OPENING.search(text) if not self._tag.search(text) else None:
-            return f"There is no tool {foreign[1]!r}.{near(foreign[1], self.tools)}"
+            if foreign[1] in self._tag_of:
+                return f"The tool {foreign[1]!r} is called by <{self._tag_of[foreign[1]]}>."
+            return f"There is no tool {foreign[1]!r}.{near(foreign[1], self._tool_of)}"
         if not self._tag.search(text):
             return "There is no tag."
         return None if thought and self.dialect.think else "The action holds no call and no answer."
@@ -198,10 +223,7 @@ class Grammar:
     def _arguments(self, name: str, body: str) -> dict[str, Any]:
         tool = self.tools[name]
         if body.startswith("{"):
-            try:
-                value = json.loads(body)
-            except (ValueError, RecursionError):
-                value = None
+            value = _json(body)
             if isinstance(value, dict) and (
                 len(value) != 1 or set(value) <= set(tool.parameters.get("properties", {}))
             ):

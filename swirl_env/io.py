@@ -7,6 +7,7 @@ skips it. Everything before it is kept. Unknown keys, wrong types and a newer sc
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -58,10 +59,10 @@ def read(path: str | Path, record_type: type[Record]) -> Iterator[Record]:
     path = Path(path)
     if not path.exists():
         return
-    with path.open(encoding="utf-8", newline="\n") as lines:
+    with path.open("rb") as lines:  # a line may be torn inside a character
         for number, line in enumerate(lines, 1):
-            if line.endswith("\n") and line.strip():
-                yield loads(record_type, line, f"{path}:{number}")
+            if line.endswith(b"\n") and line.strip():
+                yield loads(record_type, line.decode(errors="replace"), f"{path}:{number}")
 
 
 class Writer(Generic[Record]):
@@ -113,13 +114,13 @@ def read_official(path: str | Path) -> Iterator[tuple[str, Any]]:
     """(place, row) of a data set's official file: a JSON array, `{"data": [...]}` or JSONL, each also gzip-compressed."""
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"There is no file {path}. Give path= the official file of this data set, or leave it out.")
+        raise DataError(f"There is no file {path}. Check the path; it is taken from {Path.cwd().name or '/'}/.")
     try:
         raw = path.read_bytes()
         if raw[:2] == b"\x1f\x8b":
             raw = gzip.decompress(raw)
         text = raw.decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"{path}: expected UTF-8 JSON or JSONL, plain or gzip: {error}.") from None
     if path.name.removesuffix(".gz").endswith(".jsonl"):
         for number, line in enumerate(text.split("\n"), 1):

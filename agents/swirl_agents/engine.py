@@ -46,6 +46,11 @@ class _Reserved(DynamicLayer):
         self._view()
 
 
+def has_plain_cache(model) -> bool:
+    """Whether a model's cache is keys and values of every token: no sliding window, no state space."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+
 @dataclass(slots=True, eq=False)
 class _Entry:
     ids: np.ndarray
@@ -63,7 +68,7 @@ class PrefixCache:
 
     def __init__(self, model, budget_tokens: int):
         self.model, self.budget_tokens = model, budget_tokens
-        self.usable = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+        self.usable = has_plain_cache(model)
         config = model.config
         self._heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self._size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -5,6 +5,7 @@ dequantised from Q4_1 once (about 35 s) and kept as safetensors in the user's ca
 it are figures of a dequantised Q4_1 model.
 """
 
+import difflib
 import os
 import shutil
 import tempfile
@@ -37,23 +38,28 @@ def _packaged_gguf() -> Path:
     return Path(str(found[0].locate()))
 
 
-def _converted() -> Path:
-    """The default model as a safetensors folder, made at first use; safe against two processes at once."""
-    folder = cache_folder() / "models" / f"{DEFAULT}-{_VERSION}"
-    if folder.exists():
-        return folder
+def _dequantised(gguf: Path) -> tuple[Any, Any]:
+    """(model, tokenizer) of a GGUF file, in fp32 and without its quantisation, so that it can be trained and saved."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    gguf = _packaged_gguf()
-    folder.parent.mkdir(parents=True, exist_ok=True)
     loaded = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(loaded.state_dict())
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    return model, AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+
+
+def _converted() -> Path:
+    """The default model as a safetensors folder, made at first use; safe against two processes at once."""
+    folder = cache_folder() / "models" / f"{DEFAULT}-{_VERSION}"
+    if folder.exists():
+        return folder
+    gguf = _packaged_gguf()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    model, tokenizer = _dequantised(gguf)
     work = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
         model.save_pretrained(work, safe_serialization=True)
@@ -68,12 +74,17 @@ def _converted() -> Path:
     return folder
 
 
-def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
-    """(model, tokenizer) of `smollm2-135m`, a folder or a hub name; fp32 on CPU, bf16 on GPU.
+def load_model(name: str, device: str | None = None, training: bool = False) -> tuple[Any, Any]:
+    """(model, tokenizer) of `smollm2-135m`, a folder (safetensors, or one GGUF file) or a hub name.
+
+    Args:
+        name: which model.
+        device: `cpu`, `cuda`, ...; `None`: a GPU if there is one.
+        training: fp32 also on a GPU, where acting alone takes bf16 (small updates vanish in bf16).
 
     Raises:
         UnknownNameError: there is no such model (or no network to look for it), with the known names.
-        ConfigError: the default model's package is missing, or the folder holds no safetensors.
+        ConfigError: the default model's package is missing, or a folder holds neither safetensors nor GGUF.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -81,27 +92,36 @@ def load_model(name: str, device: str | None = None) -> tuple[Any, Any]:
 
     logging.disable_progress_bar()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    path = str(_converted()) if name == DEFAULT else name
-    local = Path(path).is_dir()
-    if not local and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise UnknownNameError(
-            f"There is no model folder {path!r}. Known: {DEFAULT}, a folder, or a hub name owner/model."
-        )
-    if not local and "/" not in path:
-        raise UnknownNameError(
-            f"No model is called {name!r}.{near(name, [DEFAULT, 'oracle', 'random', 'replay:FILE'])}"
-        )
-    if local and not any(Path(path).glob("*.safetensors")):
-        raise ConfigError(f"{path} holds no .safetensors file. Only safetensors are loaded (pickle can run code).")
+    dtype = torch.bfloat16 if device.startswith("cuda") and not training else torch.float32
+    known = [DEFAULT, "oracle", "random", "replay:FILE"]
+    path = Path(_converted() if name == DEFAULT else name).expanduser()
+    if not path.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists():
+            raise UnknownNameError(
+                f"There is no model folder {name!r}. Known: {DEFAULT}, a folder, or a hub name owner/model."
+            )
+        if difflib.get_close_matches(name, known, 1):
+            raise UnknownNameError(f"No model is called {name!r}.{near(name, known)}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        if path.is_dir() and not any(path.glob("*.safetensors")):
+            files = sorted(path.glob("*.gguf"))
+            if len(files) != 1:
+                raise ConfigError(
+                    f"{name} holds {len(files)} .gguf files and no .safetensors file; one model is needed. Only these two "
+                    "formats are loaded (pickle can run code)."
+                )
+            model, tokenizer = _dequantised(files[0])
+        else:
+            source = str(path) if path.is_dir() else name
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().split("\n")[0]
         raise UnknownNameError(
             f"The model {name!r} cannot be loaded: {first} Known offline: {DEFAULT}, or a folder."
         ) from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"The tokenizer of {name!r} has no end-of-text token, so no action could end.")
-    return model.to(device).eval(), tokenizer
+    return model.to(device, dtype).eval(), tokenizer

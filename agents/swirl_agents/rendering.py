@@ -40,7 +40,7 @@ class Renderer:
             head = self._pieces(["user"])
             turn = self._pieces(["user", "assistant", "user"])
         else:
-            head, turn = ["", "\n"], ["", "\n", "\n", "\n"]
+            head, turn = [tokenizer.bos_token or "", "\n"], ["", "\n", "\n", "\n"]
         self._before_prompt, self._after_prompt = map(self._template_ids, head)
         self._after_action, self._after_observation = map(self._template_ids, turn[2:])
 

@@ -70,12 +70,11 @@ def rollout(
         seed: of all draws.
         round: recorded in the trajectories.
     """
-    waiting, free, running, made = iter(tasks), [], [], 0
+    waiting, free, running = iter(tasks), [], []
     while True:
         while len(running) < batch_size and (job := next(waiting, None)) is not None:
             if not free:
                 free.append(make_env())
-                made += 1
             env = free.pop()
             _, info = env.reset(seed=draw_seed(seed, *job) >> 32, options={"task_id": job[0]})
             running.append(_Episode(env, *job, info["transcript"], info["transcript"].messages))

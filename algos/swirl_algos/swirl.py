@@ -13,11 +13,13 @@ paper: G, the baseline, tau, beta, the learning rate. A state with fewer than tw
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from swirl_agents.engine import has_plain_cache
 from swirl_agents.local import LocalPolicy
 from swirl_agents.rendering import Renderer
 from swirl_agents.rollout import draw_seed
@@ -84,6 +86,11 @@ def train(
     usable = [trajectory for trajectory in trajectories if trajectory.steps]
     if not usable:
         raise TrainingError("No trajectory is left to train on. Generate more, or use a filter that keeps some.")
+    if not config.reference and not has_plain_cache(model):
+        warnings.warn(
+            "This model keeps no plain keys and values (a sliding window, say): plain rows are used, which are slower.",
+            stacklevel=2,
+        )
     reference = copy.deepcopy(model).requires_grad_(False).eval()
     policy = LocalPolicy(
         model, tokenizer, temperature=config.temperature, max_new_tokens=config.max_new_tokens, seed=seed
@@ -104,7 +111,7 @@ def train(
         metrics = {"update": update, "updates": len(batches), **_count(candidates)}
         trees = _trees(policy.renderer, batch, candidates)
         if metrics["scored"]:
-            model.train()
+            # in eval mode, as sampled: dropout would take the gradient of another policy
             metrics |= backward(model, reference, trees, config, metrics["scored"])
             metrics["gradient_norm"] = optimizer.step(metrics["loss"])
             gradients += 1
@@ -170,7 +177,7 @@ def _trees(renderer: Renderer, batch: Sequence[Trajectory], candidates) -> list[
 
 def backward(model, reference, trees: Sequence[_Tree], config: SwirlConfig, actions: int) -> dict[str, float]:
     """Accumulate the gradient of the loss over `trees`; returns `loss`, `kl` and `entropy` (nats a token)."""
-    run = forward.rows if config.reference else forward.shared
+    run = forward.rows if config.reference or not has_plain_cache(model) else forward.shared
     loss_sum, kl_sum, entropy_sum, tokens = 0.0, 0.0, 0.0, 0
     for tree in trees:
         arguments = (tree.trunk, tree.starts, tree.actions, config.temperature)
@@ -202,7 +209,7 @@ def backward(model, reference, trees: Sequence[_Tree], config: SwirlConfig, acti
     return {"loss": loss_sum, "kl": kl_sum / tokens, "entropy": entropy_sum / tokens, "tokens": tokens}
 
 
-def _count(candidates) -> dict[str, float]:
+def _count(candidates) -> dict[str, float | None]:
     """What was drawn: counts, and means over the scored actions."""
     drawn = [one for _, _, group in candidates for one in group]
     scores = [one.verdict.score for one in drawn if one.verdict.score is not None]
@@ -211,6 +218,6 @@ def _count(candidates) -> dict[str, float]:
         "states": len(candidates),
         "scored": sum(one.advantage is not None for one in drawn),
         "unknown": len(drawn) - len(scores),
-        "score": float(np.mean(scores)) if scores else 0.0,
+        "score": float(np.mean(scores)) if scores else None,
         "flat_states": sum(len(kinds) <= 1 for kinds in spread),
     }

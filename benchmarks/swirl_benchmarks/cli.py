@@ -71,8 +71,10 @@ def eval_(
     from swirl_benchmarks import evaluate, stages
     from swirl_env.judges import make_judge
 
-    if (tasks is not None and tasks < 1) or samples < 1:
-        raise ConfigError(f"--tasks must be at least 1 and --samples too, got {tasks} and {samples}.")
+    if (tasks is not None and tasks < 1) or samples < 1 or seed < 0:
+        raise ConfigError(
+            f"--tasks must be at least 1, --samples too and --seed 0 or more; got {tasks}, {samples}, {seed}."
+        )
     if out is not None and Path(out).exists():
         raise ConfigError(f"{out} exists already. Give another --out.")
 
@@ -143,7 +145,8 @@ def main() -> None:
         print(f"swirl: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nswirl: stopped. What was written is kept; the same command goes on from there.", file=sys.stderr)
+        again = " What was written is kept; the same command goes on from there." if sys.argv[1:2] == ["run"] else ""
+        print(f"\nswirl: stopped.{again}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -12,7 +12,7 @@ from swirl_agents.scripted import SCRIPTED, make_scripted
 import swirl_env  # noqa: F401  registers the ids
 from swirl_benchmarks.metrics import Estimate, summary
 from swirl_env.env import ToolEnv
-from swirl_env.errors import UnknownNameError, near
+from swirl_env.errors import ConfigError, UnknownNameError, near
 from swirl_env.registration import ENVS
 from swirl_env.types import Policy, Trajectory
 
@@ -29,7 +29,10 @@ def make(env_id: str, **kwargs: Any) -> gym.Env:
     """`gym.make` with the near match of an unknown id."""
     if env_id not in gym.registry and ":" not in env_id:
         raise UnknownNameError(f"No environment is called {env_id!r}.{near(env_id, ENVS)}")
-    return gym.make(env_id, disable_env_checker=True, **kwargs)
+    try:
+        return gym.make(env_id, disable_env_checker=True, **kwargs)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{env_id!r}: {error}. Write MODULE:ID with an importable module.") from error
 
 
 def make_policy(name: str, env: gym.Env, *, temperature: float, max_new_tokens: int, seed: int) -> Policy:

@@ -1,7 +1,7 @@
 """What is reported of trajectories, each figure with a 95 % interval.
 
-Questions are the unit: intervals come from resampling whole trajectories (percentile bootstrap, 10,000 resamples, fixed
-seed). A mean of zeros and ones gets Wilson's interval, which stays honest where all values are equal.
+Questions are the unit: intervals come from resampling questions with all of their samples (percentile bootstrap, 10,000
+resamples, fixed seed). A mean of zeros and ones gets Wilson's interval, which stays honest where all values are equal.
 """
 
 from collections import Counter
@@ -25,7 +25,9 @@ class Estimate:
     high: float | None
 
     def __str__(self) -> str:
-        return "unknown" if self.mean is None else f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        if self.mean is None:
+            return "unknown"
+        return f"{self.mean:.3f}" if self.low is None else f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 def wilson(successes: float, n: int) -> Estimate:
@@ -44,16 +46,32 @@ def bootstrap(values_N: Sequence[float], weights_N: Sequence[float] | None = Non
         values_N: one number a unit.
         weights_N: its denominator (how many actions it has, say); `None`: 1 each, the plain mean.
         seed: of the resampling.
+
+    Returns:
+        without bounds for a single unit; without a mean where there is nothing.
     """
-    values_N = np.asarray(values_N, float)
-    weights_N = np.ones(len(values_N)) if weights_N is None else np.asarray(weights_N, float)
-    if not weights_N.sum():
+    values = np.asarray(values_N, float)
+    weights = np.ones(len(values)) if weights_N is None else np.asarray(weights_N, float)
+    if not weights.sum():
         return Estimate(None, None, None)
-    draw = np.random.default_rng(seed).integers(len(values_N), size=(RESAMPLES, len(values_N)))
-    below = weights_N[draw].sum(1)
-    ratios = values_N[draw].sum(1)[below > 0] / below[below > 0]
+    mean = float(values.sum() / weights.sum())
+    if len(values) < 2:
+        return Estimate(mean, None, None)
+    draw = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
+    below = weights[draw].sum(1)
+    ratios = values[draw].sum(1)[below > 0] / below[below > 0]
     low, high = np.quantile(ratios, [0.025, 0.975])
-    return Estimate(float(values_N.sum() / weights_N.sum()), float(low), float(high))
+    return Estimate(mean, float(low), float(high))
+
+
+def share(counts_N: Sequence[float], totals_N: Sequence[float]) -> Estimate:
+    """A rate, sum(counts) / sum(totals). Where it is 0 or 1 in every unit, Wilson's bound over the units stands in."""
+    measured = [(count, total) for count, total in zip(counts_N, totals_N, strict=True) if total]
+    if measured and all(count == 0 for count, _ in measured):
+        return wilson(0, len(measured))
+    if measured and all(count == total for count, total in measured):
+        return wilson(len(measured), len(measured))
+    return bootstrap(counts_N, totals_N)
 
 
 def _mean(values_N: list[float]) -> Estimate:
@@ -62,6 +80,18 @@ def _mean(values_N: list[float]) -> Estimate:
     if set(values_N) <= {0.0, 1.0}:
         return wilson(sum(values_N), len(values_N))
     return bootstrap(values_N)
+
+
+Value = Callable[[Trajectory], float | None]
+
+
+def _by_question(trajectories: Sequence[Trajectory], value: Value) -> dict[str, float]:
+    """Mean over the samples of each question; samples of one question are not independent. Unknown ones are left out."""
+    values: dict[str, list[float]] = {}
+    for trajectory in trajectories:
+        if (known := value(trajectory)) is not None:
+            values.setdefault(trajectory.task.id, []).append(known)
+    return {task_id: float(np.mean(known)) for task_id, known in values.items()}
 
 
 def process_score(trajectory: Trajectory) -> float | None:
@@ -78,35 +108,44 @@ def summary(trajectories: Sequence[Trajectory], metrics: Callable[[Trajectory], 
         metrics: the official metrics of a trajectory.
 
     Returns:
-        `n`; as {mean, low, high}: `outcome`, `process` (mean score within a trajectory, then across), `malformed` (share
+        `n` (questions), `trajectories`; as {mean, low, high}: `outcome`, `process` (mean score within a trajectory, then across), `malformed` (share
         of actions), `tool_errors` (share of calls), `steps`, and `metrics`; `stops` (counts), `unknown` (verdicts).
     """
-    steps = [trajectory.steps for trajectory in trajectories]
-    process = [score for score in map(process_score, trajectories) if score is not None]
-    named = [metrics(trajectory) for trajectory in trajectories]
-    errors = [sum(result.error is not None for step in one for result in step.results) for one in steps]
-    malformed = [sum(step.action.malformed is not None for step in one) for one in steps]
+    questions: dict[str, list[Trajectory]] = {}
+    for trajectory in trajectories:
+        questions.setdefault(trajectory.task.id, []).append(trajectory)
+
+    def count(what: Callable[[Trajectory], int]) -> list[float]:
+        return [float(sum(map(what, group))) for group in questions.values()]
+
+    actions = count(lambda t: len(t.steps))
+    malformed = count(lambda t: sum(step.action.malformed is not None for step in t.steps))
+    calls = count(lambda t: sum(len(step.results) for step in t.steps))
+    errors = count(lambda t: sum(result.error is not None for step in t.steps for result in step.results))
+
+    def mean(value: Value) -> Estimate:
+        return _mean(list(_by_question(trajectories, value).values()))
+
     estimates = {
-        "outcome": _mean([t.outcome for t in trajectories if t.outcome is not None]),
-        "process": _mean(process),
-        "malformed": bootstrap(malformed, [len(one) for one in steps]),
-        "tool_errors": bootstrap(errors, [sum(len(step.results) for step in one) for one in steps]),
-        "steps": bootstrap([len(one) for one in steps]),
+        "outcome": mean(lambda t: t.outcome),
+        "process": mean(process_score),
+        "malformed": share(malformed, actions),
+        "tool_errors": share(errors, calls),
+        "steps": mean(lambda t: float(len(t.steps))),
     }
+    named = {id(trajectory): metrics(trajectory) for trajectory in trajectories}
+    names = list(next(iter(named.values()), {}))
     return {
-        "n": len(trajectories),
+        "n": len(questions),
+        "trajectories": len(trajectories),
         **{name: asdict(estimate) for name, estimate in estimates.items()},
-        "metrics": {name: asdict(_mean([row[name] for row in named])) for name in (named[0] if named else {})},
+        "metrics": {name: asdict(mean(lambda t, name=name: named[id(t)][name])) for name in names},
         "stops": dict(Counter(trajectory.stop for trajectory in trajectories)),
-        "unknown": sum(step.verdict is None or step.verdict.score is None for one in steps for step in one),
+        "unknown": sum(s.verdict is None or s.verdict.score is None for t in trajectories for s in t.steps),
     }
 
 
-def paired_difference(
-    before: Sequence[Trajectory], after: Sequence[Trajectory], value: Callable[[Trajectory], float | None]
-) -> Estimate:
-    """Mean of after - before over the same (task, sample), with its bootstrap interval; pairs with an unknown are left out."""
-    old = {(t.task.id, t.sample): value(t) for t in before}
-    pairs = [(old.get((t.task.id, t.sample)), value(t)) for t in after]
-    differences = [b - a for a, b in pairs if a is not None and b is not None]
-    return bootstrap(differences) if differences else Estimate(None, None, None)
+def paired_difference(before: Sequence[Trajectory], after: Sequence[Trajectory], value: Value) -> Estimate:
+    """Mean of after - before over the same questions, with its bootstrap interval; a question with an unknown is left out."""
+    old, new = _by_question(before, value), _by_question(after, value)
+    return bootstrap([new[task_id] - old[task_id] for task_id in new if task_id in old])

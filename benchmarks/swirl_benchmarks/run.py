@@ -30,8 +30,6 @@ from swirl_env.io import Writer
 from swirl_env.judges import make_judge
 from swirl_env.types import Trajectory
 
-CHECKPOINTS = ("warm_start", "swirl")
-
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -161,6 +159,8 @@ def show(results: dict[str, Any], console: Console) -> None:
     )
     for name, differences in results["differences"].items():
         for what, estimate in differences.items():
+            if estimate["low"] is None:
+                continue
             clear = "clear of 0" if estimate["low"] > 0 or estimate["high"] < 0 else "not clear of 0"
             console.print(
                 f"{name}, paired difference in {what}: {estimate['mean']:+.3f} "
@@ -202,7 +202,7 @@ def _maker(config: RunConfig, split: str) -> Callable[[], Any]:
 
 def _check(config: RunConfig) -> None:
     """What could only fail hours later fails now."""
-    least = {"tasks": 1, "samples": 1, "batch_size": 1, "sft.epochs": 1, "sft.batch_size": 1, "swirl.epochs": 1,
+    least = {"seed": 0, "tasks": 1, "samples": 1, "batch_size": 1, "sft.epochs": 1, "sft.batch_size": 1, "swirl.epochs": 1,
              "swirl.batch_size": 1, "swirl.samples": 2, "swirl.max_new_tokens": 1}  # fmt: skip
     values = _flat(asdict(config))
     for name, minimum in least.items():
@@ -262,7 +262,7 @@ class _Model:
         if self._at != name:
             from swirl_agents.models import load_model
 
-            self._model, self._tokenizer = load_model(name)
+            self._model, self._tokenizer = load_model(name, training=True)
             self._at = name
 
     @property

@@ -41,9 +41,14 @@ def generate(
 
 
 def judge(trajectories: Iterable[Trajectory], judge: Judge, path: Path) -> list[Trajectory]:
-    """The trajectories with the judge's verdicts, in the same order; those already in the file are not judged again."""
+    """The trajectories with the judge's verdicts, in the same order; those that this judge judged already are
+    not judged again."""
     trajectories = list(trajectories)
-    done = {trajectory.key: trajectory for trajectory in read(path, Trajectory)}
+    done = {
+        trajectory.key: trajectory
+        for trajectory in read(path, Trajectory)
+        if all(step.verdict is not None and step.verdict.judge == judge.name for step in trajectory.steps)
+    }
     missing = [trajectory for trajectory in trajectories if trajectory.key not in done]
     if missing:
         with Writer(path) as out:
@@ -62,8 +67,10 @@ def judge(trajectories: Iterable[Trajectory], judge: Judge, path: Path) -> list[
 def filter_by(name: str, trajectories: Iterable[Trajectory], path: Path) -> Kept:
     """Keep by name, and write what was kept."""
     result = keep(name, trajectories)
-    path.unlink(missing_ok=True)
-    with Writer(path) as out:
+    part = path.with_name(path.name + ".part")
+    part.unlink(missing_ok=True)
+    with Writer(part) as out:
         for trajectory in result.kept:
             out.write(trajectory)
+    part.replace(path)
     return result

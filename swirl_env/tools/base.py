@@ -7,6 +7,8 @@ import inspect
 import json
 import time
 from collections.abc import Callable, Mapping
+from importlib import import_module
+from operator import attrgetter
 from typing import Any, get_type_hints
 
 import docstring_parser
@@ -33,6 +35,15 @@ class FunctionTool:
 
     def __repr__(self) -> str:
         return f"tool({self.name})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self.function.__module__, self.function.__qualname__)
+
+
+def _restore(module: str, qualname: str) -> "FunctionTool":
+    """The tool behind a name: pickling carries names, as it does for functions."""
+    found = attrgetter(qualname)(import_module(module))
+    return found if isinstance(found, FunctionTool) else FunctionTool(found)
 
 
 def tool(function: Callable[..., Any]) -> FunctionTool:

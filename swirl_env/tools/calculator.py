@@ -41,9 +41,8 @@ _TIDY = [
     (re.compile(r"[−–—]"), "-"),
     (re.compile(r"\^"), "**"),
     (re.compile(r"(?<=[\d)%.])\s*[xX]\s*(?=[\d(.])"), "*"),
-    (re.compile(r"(\d|\))\s*%\s*of\b"), r"\1/100*"),
+    (re.compile(r"(\d+\.?\d*|\.\d+)\s*%\s*of\b"), r"(\1/100)*"),
     (re.compile(r"(\d+\.?\d*|\.\d+)\s*%(?!\s*[\d.(A-Za-z])"), r"(\1/100)"),
-    (re.compile(r"\)\s*%(?!\s*[\d.(A-Za-z])"), ")/100"),
     (re.compile(r"(?<![\w.])0+(?=\d)"), ""),
     (re.compile(r"\s*=\s*$"), ""),
 ]
@@ -53,8 +52,11 @@ _HAS_LIST = re.compile(r"\b(?:min|max|round)\s*\(")
 
 def tidy(expression: str) -> str:
     """The expression in Python's notation."""
-    if not _HAS_LIST.search(expression):
-        expression = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), expression)
+    if _HAS_LIST.search(expression) and _THOUSANDS.search(expression):
+        raise ToolError(
+            "Inside min, max and round, write numbers without thousands separators and put a blank after commas."
+        )
+    expression = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), expression)
     for pattern, replacement in _TIDY:
         expression = pattern.sub(replacement, expression)
     return expression.strip()
@@ -70,11 +72,23 @@ def parse(expression: str) -> ast.expr:
     if "=" in text:
         raise ToolError("Write only the expression to calculate, without '='.")
     try:
-        return ast.parse(text, mode="eval").body
+        tree = ast.parse(text, mode="eval").body
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, float):
+                node.exact = _decimal(text[node.col_offset : node.end_col_offset])  # type: ignore[attr-defined]
+        return tree
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise ToolError(
             f"Cannot read {expression[:80]!r} as arithmetic. Use numbers, + - * / ** and brackets."
         ) from None
+
+
+def _decimal(text: str) -> Fraction:
+    """A decimal exactly as written."""
+    exponent = text.lower().partition("e")[2]
+    if exponent and abs(int(exponent)) > 300:
+        raise ToolError("A number in the expression is too large or too small.")
+    return Fraction(text)
 
 
 def value_of(node: ast.expr, depth: int = 0) -> Number:
@@ -83,9 +97,7 @@ def value_of(node: ast.expr, depth: int = 0) -> Number:
         raise ToolError(f"The expression is nested more than {MAX_DEPTH} deep. Split it.")
     match node:
         case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ToolError("A number in the expression is too large.")
-            return _bounded(Fraction(number) if isinstance(number, int) else Fraction(repr(number)))
+            return _bounded(Fraction(number) if isinstance(number, int) else node.exact)  # type: ignore[attr-defined]
         case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=operand):
             value = value_of(operand, depth + 1)
             return -value if isinstance(sign, ast.USub) else value
@@ -149,7 +161,8 @@ def _function(name: str, values: list[Number]) -> Number:
             or len(values) == 1
             or (name == "round" and len(values) == 2 and abs(values[1]) < 100)
         ):
-            return _EXACT[name](values) if name in ("min", "max") else _EXACT[name](*values)
+            result = _EXACT[name](values) if name in ("min", "max") else _EXACT[name](*values)
+            return float(result) if any(isinstance(value, float) for value in values) else result
     except OverflowError:
         raise ToolError(f"The numbers are too large for {name}.") from None
     except TypeError:
@@ -159,7 +172,7 @@ def _function(name: str, values: list[Number]) -> Number:
 
 def _numexpr(expression: str, **values: float) -> float:
     result = float(numexpr.evaluate(expression, local_dict=values, global_dict={}))
-    if math.isnan(result):
+    if math.isnan(result) or result == -math.inf:
         raise ToolError("The result is not a real number.")
     return result
 

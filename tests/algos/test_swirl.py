@@ -61,6 +61,24 @@ def test_shared_trunk_equals_plain_rows(seed, states, samples, tau):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
+def test_a_sliding_window_falls_back_to_plain_rows():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=len(TOKENIZER), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=8, eos_token_id=TOKENIZER.eos_token_id, initializer_range=0.4,
+    )  # fmt: skip
+    model = MistralForCausalLM(config).eval()
+    candidates, trees = batch_of(model, EvenLetters())
+    losses = [
+        swirl.backward(model, copy.deepcopy(model), trees, replace(CONFIG, reference=reference), 10)["loss"]
+        for reference in (True, False)
+    ]
+    assert losses[0] == losses[1]
+    with pytest.warns(UserWarning, match="plain rows"):
+        swirl.train(model, TOKENIZER, GOLD[:1], EvenLetters(), ENV.grammar, CONFIG)
+
+
 def test_permuting_branches_changes_nothing():
     model = tiny_model(TOKENIZER)
     trunk, starts, actions = random_tree(np.random.default_rng(0), 3, 4)

@@ -83,6 +83,8 @@ def test_eval_random_then_replay(tmp_path):
         (["eval", "swirl/GSM8K-v0", "--model", "oracle", "--path", "nowhere.jsonl"], "There is no file nowhere.jsonl"),
         (["eval", "swirl/GSM8K-v0", "--model", "oracle", "--judge", "ruls"], "Did you mean 'rules'?"),
         (["eval", "swirl/GSM8K-v0", "--model", "oracle", "--tasks", "0"], "--tasks must be at least 1"),
+        (["eval", "swirl/GSM8K-v0", "--model", "oracle", "--seed", "-1"], "--seed 0 or more"),
+        (["eval", "nomodule:swirl/X-v0", "--model", "oracle"], "No module named 'nomodule'"),
         (["play", "swirl/GSM8K-v0", "--task", "nope"], "No task has the id 'nope'"),
         (["run", "swirl/GSM8K-v0", "--filter", "proces", "--tasks", "2"], "Did you mean 'process'?"),
         (["run", "swirl/GSM8K-v0", "--tasks", "0"], "tasks must be at least 1"),
@@ -99,7 +101,7 @@ def test_bad_input_is_one_line_and_code_2(arguments, says, tmp_path):
 def test_a_folder_without_safetensors(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     done = swirl("eval", "swirl/GSM8K-v0", "--model", tmp_path, code=2)
-    assert "holds no .safetensors file" in done.stderr
+    assert "0 .gguf files and no .safetensors file" in done.stderr
 
 
 def test_play():

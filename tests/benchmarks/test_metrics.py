@@ -46,7 +46,7 @@ def test_bootstrap_of_a_ratio():
     assert bootstrap([0, 0], [0, 0]).mean is None
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=30))
 def test_interval_holds_the_mean(values):
     estimate = bootstrap(values)
     assert estimate.low - 1e-9 <= estimate.mean <= estimate.high + 1e-9
@@ -58,7 +58,7 @@ def test_summary_by_hand():
         trajectory("b", [1.0, None, 1.0, 1.0], 0.0, errors=3),
     ]
     figures = summary(recorded, lambda t: {"em": t.outcome})
-    assert figures["n"] == 2
+    assert figures["n"] == figures["trajectories"] == 2
     assert figures["outcome"]["mean"] == 0.5
     assert figures["process"]["mean"] == (0.5 + 1.0) / 2  # within a trajectory, then across
     assert figures["malformed"]["mean"] == pytest.approx(1 / 6)
@@ -67,6 +67,24 @@ def test_summary_by_hand():
     assert figures["unknown"] == 1
     assert figures["metrics"]["em"]["mean"] == 0.5
     assert process_score(trajectory("c", [None])) is None
+
+
+def test_samples_of_one_question_are_one_unit():
+    many = [trajectory(f"q{i}", [score], sample=s) for i, score in enumerate([0.1, 0.9, 0.4]) for s in range(8)]
+    few = [trajectory(f"q{i}", [score]) for i, score in enumerate([0.1, 0.9, 0.4])]
+    a, b = (summary(group, lambda t: {}) for group in (many, few))
+    assert (a["n"], a["trajectories"]) == (3, 24)
+    assert a["process"] == b["process"]
+    assert a["steps"] == b["steps"]
+
+
+def test_a_single_question_has_no_interval_and_a_zero_rate_has_one():
+    assert bootstrap([0.3]).low is None
+    assert str(bootstrap([0.3])) == "0.300"
+    figures = summary([trajectory(f"q{i}", [1.0]) for i in range(40)], lambda t: {})
+    assert figures["malformed"]["mean"] == 0.0
+    assert 0.05 < figures["malformed"]["high"] < 0.15
+    assert paired_difference([trajectory("a", [0.1])], [trajectory("a", [0.2])], process_score).low is None
 
 
 def test_pairs_by_hand():

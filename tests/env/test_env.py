@@ -4,6 +4,8 @@ import copy
 import json
 import pickle
 import random
+import sys
+import types
 import warnings
 
 import gymnasium as gym
@@ -18,6 +20,7 @@ import swirl_env  # noqa: F401
 from swirl_env.errors import ConfigError, DataError, UnknownArgumentError, UnknownNameError
 from swirl_env.registration import ENVS
 from swirl_env.spaces import Unicode
+from swirl_env.testing import check_env_contract, check_judge_contract, check_tool_contract
 from swirl_env.types import Verdict
 
 IDS = list(ENVS)
@@ -98,9 +101,6 @@ def test_an_episode_by_hand():
     ],
 )
 def test_every_other_end_is_truncated(kwargs, action, stop, monkeypatch):
-    import sys
-    import types
-
     def crash(x: str) -> str:
         """Crashes."""
         raise ZeroDivisionError
@@ -176,7 +176,9 @@ NASTY = [
     "<search>[]</search>", '<search>{"query": {"a": 1}}</search>', "<search>{" * 300, "<foo>x</foo>", "<result>42</result>",
     "<search>a</search>" * 300, "<answer>1</answer>" * 3, "\u202e<answer>\u0000</answer>", b"bytes".decode("utf-16", "replace"), "🦓" * 5_000,
     "<search>🦓</search>", "<|im_end|><answer>x</answer>", "<answer>" + "9" * 50_000 + "</answer>", "<answer>1e999999</answer>",
-    "<think>" + "1=" * 5_000 + "</think>", "<think>" + "1+" * 5_000 + "=3</think>", "<answer>1/0</answer>",
+    "<think>" + "1=" * 5_000 + "</think>", "<think>" + "1+" * 5_000 + "=3</think>", "<answer>1/0</answer>", "<\u017fearch>q</\u017fearch>", "<an\u017fwer>5</an\u017fwer>", "<th\u0131nk>a b</th\u0131nk>",
+    "<calculator>sqrt(10**400)</calculator>", '<calculator>{"expression": ' + "[" * 300 + "]" * 300 + "}</calculator>",
+    "<calculator>1+2</calculator>" * 3_000,
 ]  # fmt: skip
 
 
@@ -225,6 +227,9 @@ ENV_CACHE: dict = {}
         ({"search": "bm52"}, UnknownNameError, "Did you mean 'bm25'?"),
         ({"search": {"kk": 3}}, UnknownNameError, "no setting 'kk'"),
         ({"search": {"k": 0}}, ConfigError, "k must be a positive"),
+        ({"search": 5}, ConfigError, "search must be a back end's name"),
+        ({"tools": "search"}, ConfigError, "tools must be a list of names"),
+        ({"outcome_weight": "x"}, ConfigError, "outcome_weight must lie"),
         ({"max_steps": 0}, ConfigError, "max_steps must be"),
         ({"malformed_limit": 1.5}, ConfigError, "malformed_limit must be"),
         ({"outcome_weight": 2}, ConfigError, "outcome_weight must lie"),
@@ -254,12 +259,13 @@ def test_bad_settings_are_told(kwargs, error, says):
         ),
         ("a.jsonl", '{"_id": "1"}\nnot json\n', "a.jsonl:1"),
         ("a.json.gz", "not gzip", "not JSON"),
+        ("a.json.gz", b"\x1f\x8b\x08\x00broken gzip data", "plain or gzip"),
         ("a.json", "[" * 100_000, "nested"),
     ],
 )
 def test_broken_task_files_are_told_with_the_place(tmp_path, name, content, says):
     path = tmp_path / name
-    path.write_text(content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=says):
         make(path=str(path))
 
@@ -286,14 +292,69 @@ def test_spec_is_json_and_makes_the_same_env():
     assert again.reset(seed=3) == env.reset(seed=3)
 
 
-def test_pickle_and_copy_keep_the_episode():
-    env = make()
+@pytest.mark.parametrize("env_id", IDS)
+def test_pickle_and_copy_keep_the_episode(env_id):
+    env = make(env_id)
     env.reset(seed=0)
     env.step("<search>a film</search>")
     for twin in (pickle.loads(pickle.dumps(env.unwrapped)), copy.deepcopy(env.unwrapped)):
         here = copy.deepcopy(env.unwrapped)
         assert twin.step("<search>another film</search>") == here.step("<search>another film</search>")
         assert twin.reset() == here.reset()
+
+
+@pytest.mark.parametrize("env_id", IDS)
+def test_the_kit_we_ship_passes_on_what_we_ship(env_id):
+    env = make(env_id, split="test")
+    check_env_contract(env)
+    env.reset(seed=0)
+    arguments = {"search": {"query": env.unwrapped.task.question}, "calculator": {"expression": "1+1"}}
+    for tool in env.unwrapped.tools.values():
+        empty = dict.fromkeys(tool.parameters["required"], "")
+        check_tool_contract(tool, arguments[tool.name], bad=[empty])
+    check_judge_contract(env.unwrapped.judge)
+
+
+def test_the_kit_finds_faults():
+    def silent(x: str) -> str:
+        """Never refuses."""
+        return x
+
+    class Careless(Undecided):
+        def __call__(self, views):
+            return [Verdict(3.0, "", self.name) for _ in views]
+
+    with pytest.raises(AssertionError, match="raise ToolError"):
+        check_tool_contract(silent, {"x": "a"}, bad=[{"x": ""}])
+    with pytest.raises(AssertionError, match="expected a Verdict"):
+        check_judge_contract(Careless())
+    with pytest.raises(AssertionError, match="over ToolEnv"):
+        check_env_contract(gym.make("CartPole-v1"))
+
+
+class Notes:
+    """A tool with state: what `bind` gave it."""
+
+    name, description = "notes", "Tells the task's first title."
+    parameters = {"type": "object", "properties": {"x": {"type": "string"}}, "required": ["x"]}
+
+    def bind(self, documents):
+        self.documents = documents
+
+    def __call__(self, x):
+        return self.documents[0].title
+
+
+@pytest.mark.parametrize("attribute", ["Notes", "NOTES"])
+def test_tools_by_name_belong_to_one_env(monkeypatch, attribute):
+    module = types.ModuleType("tests_notes")
+    module.Notes, module.NOTES = Notes, Notes()
+    monkeypatch.setitem(sys.modules, "tests_notes", module)
+    first, second = (make(tools=[f"tests_notes:{attribute}"]) for _ in range(2))
+    first.reset(seed=0)
+    title = first.unwrapped.task_set.documents(first.unwrapped.task.id)[0].title
+    second.reset(seed=1)
+    assert title in first.step("<notes>a</notes>")[0]
 
 
 def test_a_tool_added_later_reaches_the_prompt():

@@ -66,6 +66,8 @@ def test_reads(text, thought, calls, answer):
         ("<think></think>", "no call and no answer"),
         ("<serach>x</serach>", "Did you mean 'search'?"),
         ("a" * (MAX_CHARACTERS + 1), "100,001 characters"),
+        ("<search>x</search>" * 9, "9 calls; at most 8"),
+        ("<\u017fearch>x</\u017fearch>", "There is no tag."),
         (None, "not NoneType"),
         (b"<answer>1</answer>", "not bytes"),
         (42, "not int"),
@@ -79,6 +81,7 @@ def test_paper_dialect():
     action = paper.parse("I need it.\n<math_exp> 48 / 2 </math_exp>")
     assert action.calls == (ToolCall("calculator", {"expression": "48 / 2"}),)
     assert paper.observation(action, (ToolResult("24"),), 3) == "48 / 2 -> 24"
+    assert "is called by <search_query>" in paper.parse("<search>x</search>").malformed
     assert "no call" in paper.parse("<think>only a thought</think>").malformed
 
 
@@ -110,6 +113,21 @@ def test_parse_of_render_is_the_same(name, action):
 def test_a_query_that_looks_like_arguments_survives():
     action = Action("", calls=(ToolCall("search", {"query": '{"query": "x"}'}),))
     assert default.parse(default.render(action)).calls == action.calls
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{" * 300,
+        '{"query": ' + "[" * 300 + "]" * 300 + "}",
+        '{"query": Infinity}',
+        '{"query": 1e999}',
+        '{"\\ud800": 1}',
+    ],
+)
+def test_json_that_cannot_be_written_again_is_plain_text(body):
+    [call] = default.parse(f"<search>{body}</search>").calls
+    assert call.arguments == {"query": body}
 
 
 def test_render_refuses_what_cannot_be_read_back():

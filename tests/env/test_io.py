@@ -68,7 +68,7 @@ def test_round_trip(trajectory):
 
 
 def verdict(i):
-    return Verdict(0.5, f"reason {i}", "j@1")
+    return Verdict(0.5, f"r\u00e9ason \U0001f993 {i}", "j@1")
 
 
 def test_append_and_read(tmp_path):
@@ -84,11 +84,12 @@ def test_append_and_read(tmp_path):
 def test_a_torn_last_line_is_skipped_then_repaired(tmp_path_factory, cut):
     path = tmp_path_factory.mktemp("torn") / "v.jsonl"
     lines = [dumps(verdict(i)) + "\n" for i in range(3)]
-    path.write_text("".join(lines) + lines[0][: cut % len(lines[0])])
+    whole = "".join(lines).encode()
+    path.write_bytes(whole + lines[0].encode()[: cut % len(lines[0].encode())])
     assert len(list(read(path, Verdict))) == 3
     with Writer(path) as out:
         out.write(verdict(9))
-    assert [v.reason for v in read(path, Verdict)] == ["reason 0", "reason 1", "reason 2", "reason 9"]
+    assert [v.reason for v in read(path, Verdict)] == [verdict(i).reason for i in (0, 1, 2, 9)]
 
 
 def test_a_long_torn_line_is_cut(tmp_path):
