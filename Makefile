@@ -10,7 +10,7 @@ help:
 	@echo "make results    GSM8K over three seeds, into benchmarks/results (about 40 minutes)"
 	@echo "make test       the tests (under 5 minutes, no network, no GPU)"
 	@echo "make test-slow  also the slow ones, with the real model"
-	@echo "make lint       ruff"
+	@echo "make lint       ruff and mypy"
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,5 +37,6 @@ test-slow: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 .PHONY: help demo results test test-slow lint

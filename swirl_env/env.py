@@ -198,7 +198,7 @@ class ToolEnv(gym.Env[str, str]):
         return self._text if self.render_mode == "ansi" and self.task is not None else None
 
 
-_KWARGS = [name for name in ToolEnv.__init__.__kwdefaults__ if name != "render_mode"]
+_KWARGS = [name for name in ToolEnv.__init__.__kwdefaults__ or () if name != "render_mode"]
 
 
 def _search_settings(search: Any) -> dict[str, Any]:
@@ -218,7 +218,7 @@ def _make_named_tool(name: str, searching: dict[str, Any]) -> Tool:
     if name == "calculator":
         return calculator
     if name == "search":
-        return Search(**searching)
+        return Search(**searching)  # type: ignore[return-value]
     if ":" in name:
         found = load_object(name, "tool")
         made = make_tool(found() if isinstance(found, type) else found)

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -22,13 +22,13 @@ Record = TypeVar("Record")
 
 
 @cache
-def _adapter(record_type: type) -> TypeAdapter:
+def _adapter(record_type: Any) -> TypeAdapter:
     return TypeAdapter(record_type)
 
 
 def dumps(record: Any) -> str:
     """A record as one line of JSON."""
-    data = _adapter(type(record)).dump_python(record, mode="json")
+    data = _adapter(cast(Any, type(record))).dump_python(record, mode="json")
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     try:
         text.encode()
@@ -46,7 +46,7 @@ def loads(record_type: type[Record], line: str, where: str = "record") -> Record
     if isinstance(data, dict) and isinstance(data.get("schema"), int) and data["schema"] > SCHEMA:
         raise DataError(f"{where}: schema {data['schema']} is newer than {SCHEMA}. Update swirl-env to read this file.")
     try:
-        return _adapter(record_type).validate_python(data)
+        return _adapter(cast(Any, record_type)).validate_python(data)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the record"

@@ -19,18 +19,20 @@ SCHEMA = 1
 STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
 
-def _array(dtype: str, to_list: Callable[[np.ndarray], list]) -> Any:
-    return Annotated[
-        np.ndarray,
-        BeforeValidator(lambda value: np.asarray(value, dtype=dtype)),
-        PlainSerializer(to_list, when_used="json"),
-    ]
+def _reads(dtype: str) -> BeforeValidator:
+    return BeforeValidator(lambda value: np.asarray(value, dtype=dtype))
 
 
-# float32 is written in its shortest form that reads back to the same 32 bits.
-Ids = _array("int32", lambda array: array.tolist())
-Flags = _array("bool", lambda array: array.astype(int).tolist())
-Logprobs = _array("float32", lambda array: [float(str(value)) for value in array])
+Ids = Annotated[np.ndarray, _reads("int32"), PlainSerializer(lambda array: array.tolist(), when_used="json")]
+Flags = Annotated[
+    np.ndarray, _reads("bool"), PlainSerializer(lambda array: array.astype(int).tolist(), when_used="json")
+]
+# float32 is written in its shortest form that reads back to the same 32 bits
+Logprobs = Annotated[
+    np.ndarray,
+    _reads("float32"),
+    PlainSerializer(lambda array: [float(str(value)) for value in array], when_used="json"),
+]
 
 StopReason = Literal["answered", "step_limit", "token_limit", "malformed_limit", "error"]
 

@@ -8,6 +8,7 @@ are used without it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ class PrefixCache:
             self._entries.append(entry)
         return best, entry
 
-    def put(self, ids: np.ndarray, cache: DynamicCache, row: int, mask: torch.Tensor) -> None:
+    def put(self, ids: np.ndarray, cache: Any, row: int, mask: torch.Tensor) -> None:
         """Remember the unmasked slots of one row of a batch."""
         slots = mask.nonzero()[:, 0]
         layers = [(layer.keys[row][:, slots].clone(), layer.values[row][:, slots].clone()) for layer in cache.layers]

@@ -49,7 +49,7 @@ class Renderer:
         messages = [{"role": role, "content": mark} for role, mark in zip(roles, _MARKS, strict=False)]
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            pieces = []
+            pieces: list[str] = []
             for mark in _MARKS[: len(roles)]:
                 piece, found, text = text.partition(mark)
                 if not found:
@@ -89,7 +89,8 @@ class Renderer:
         """Tokens of a state (or of a finished transcript, which ends in an action)."""
         messages = transcript.messages
         first = next((i for i, m in enumerate(messages) if m.role == "assistant"), len(messages))
-        ids, spans, action = self.prompt_ids(messages[:first]), [], []
+        ids, action = self.prompt_ids(messages[:first]), list[int]()
+        spans: list[tuple[int, int]] = []
         for message in messages[first:]:
             if message.role == "assistant":
                 action = self.content_ids(message.content) if message.ids is None else message.ids.tolist()

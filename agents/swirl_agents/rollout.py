@@ -70,7 +70,9 @@ def rollout(
         seed: of all draws.
         round: recorded in the trajectories.
     """
-    waiting, free, running = iter(tasks), [], []
+    waiting = iter(tasks)
+    free: list[gym.Env] = []
+    running: list[_Episode] = []
     while True:
         while len(running) < batch_size and (job := next(waiting, None)) is not None:
             if not free:

@@ -44,5 +44,5 @@ def tiny_model(
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-    return model.to(dtype or torch.float32).eval()
+        model: Any = LlamaForCausalLM(config)
+    return model.to(dtype=dtype or torch.float32).eval()

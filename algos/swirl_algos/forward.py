@@ -70,7 +70,8 @@ def shared(
         ids = _padded([np.concatenate([trunk[start - 1 : start], action[:-1]]) for action in actions], model.device)
         cache = DynamicCache()
         for i, pair in enumerate(layers):
-            cache.update(*(part[:, :, : start - 1].expand(len(actions), -1, -1, -1) for part in pair), i)
+            keys, values = (part[:, :, : start - 1].expand(len(actions), -1, -1, -1) for part in pair)
+            cache.update(keys, values, i)
         positions = torch.arange(start - 1, start - 1 + ids.shape[1], device=model.device).expand(len(actions), -1)
         logits = model(ids, past_key_values=cache, position_ids=positions, use_cache=True).logits
         yield _logprobs(logits, actions, temperature)

@@ -1,5 +1,9 @@
 """The one way parameters change: AdamW, linear warm-up and decay, gradient clipping, and a stop at the first NaN."""
 
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
 import torch
 
 from swirl_env.errors import SwirlError
@@ -7,6 +11,18 @@ from swirl_env.errors import SwirlError
 
 class TrainingError(SwirlError, RuntimeError):
     """Training cannot go on; what was saved before is intact."""
+
+
+Item = TypeVar("Item")
+
+
+def shuffled_batches(items: Sequence[Item], epochs: int, batch_size: int, seed: int) -> list[list[Item]]:
+    """The batches of all epochs, each epoch in an order of its own."""
+    order, batches = np.random.default_rng(seed), []
+    for _ in range(epochs):
+        shuffled = [items[i] for i in order.permutation(len(items))]
+        batches += [shuffled[i : i + batch_size] for i in range(0, len(shuffled), batch_size)]
+    return batches
 
 
 class Optimizer:

@@ -8,12 +8,11 @@ it is append-only, so all of its actions are learned in one pass.
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from swirl_agents.rendering import Renderer
 
 from swirl_algos.configs import SftConfig
-from swirl_algos.optimize import Optimizer, TrainingError
+from swirl_algos.optimize import Optimizer, TrainingError, shuffled_batches
 from swirl_env.types import Message, Trajectory, Transcript
 
 
@@ -49,11 +48,7 @@ def train(
         raise TrainingError(
             f"No trajectory to imitate: {len(trajectories)} given, {len(encoded) - len(fitting)} too long."
         )
-    order = np.random.default_rng(seed)
-    batches = []
-    for _ in range(config.epochs):
-        shuffled = [fitting[i] for i in order.permutation(len(fitting))]
-        batches += [shuffled[i : i + config.batch_size] for i in range(0, len(shuffled), config.batch_size)]
+    batches = shuffled_batches(fitting, config.epochs, config.batch_size, seed)
     optimizer = Optimizer(model, config.learning_rate, len(batches))
     model.train()
     for update, batch in enumerate(batches):

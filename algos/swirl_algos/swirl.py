@@ -16,6 +16,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from swirl_algos import forward
 from swirl_algos.advantages import leave_one_out
 from swirl_algos.configs import SwirlConfig
 from swirl_algos.losses import exact_kl, swirl_loss, token_logprobs
-from swirl_algos.optimize import Optimizer, TrainingError
+from swirl_algos.optimize import Optimizer, TrainingError, shuffled_batches
 from swirl_algos.sft import finished
 from swirl_env.grammar import Grammar
 from swirl_env.judges import ask, views
@@ -95,11 +96,7 @@ def train(
     policy = LocalPolicy(
         model, tokenizer, temperature=config.temperature, max_new_tokens=config.max_new_tokens, seed=seed
     )
-    order = np.random.default_rng(seed)
-    batches = []
-    for _ in range(config.epochs):
-        shuffled = [usable[i] for i in order.permutation(len(usable))]
-        batches += [shuffled[i : i + config.batch_size] for i in range(0, len(shuffled), config.batch_size)]
+    batches = shuffled_batches(usable, config.epochs, config.batch_size, seed)
     optimizer = Optimizer(model, config.learning_rate, len(batches))
     gradients = 0
     for update, batch in enumerate(batches):
@@ -108,7 +105,7 @@ def train(
         for _, _, drawn in candidates:
             for one in drawn:
                 record(one)
-        metrics = {"update": update, "updates": len(batches), **_count(candidates)}
+        metrics: dict[str, Any] = {"update": update, "updates": len(batches), **_count(candidates)}
         trees = _trees(policy.renderer, batch, candidates)
         if metrics["scored"]:
             # in eval mode, as sampled: dropout would take the gradient of another policy

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -131,7 +132,7 @@ def envs() -> None:
     _console().print(table)
 
 
-COMMANDS = {"run": run, "eval": eval_, "play": play, "envs": envs}
+COMMANDS: dict[str, Callable] = {"run": run, "eval": eval_, "play": play, "envs": envs}
 
 
 def main() -> None:

@@ -135,11 +135,15 @@ def summary(trajectories: Sequence[Trajectory], metrics: Callable[[Trajectory], 
     }
     named = {id(trajectory): metrics(trajectory) for trajectory in trajectories}
     names = list(next(iter(named.values()), {}))
+
+    def metric_of(name: str) -> Value:
+        return lambda t: named[id(t)][name]
+
     return {
         "n": len(questions),
         "trajectories": len(trajectories),
         **{name: asdict(estimate) for name, estimate in estimates.items()},
-        "metrics": {name: asdict(mean(lambda t, name=name: named[id(t)][name])) for name in names},
+        "metrics": {name: asdict(mean(metric_of(name))) for name in names},
         "stops": dict(Counter(trajectory.stop for trajectory in trajectories)),
         "unknown": sum(s.verdict is None or s.verdict.score is None for t in trajectories for s in t.steps),
     }

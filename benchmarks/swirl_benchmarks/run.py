@@ -138,7 +138,7 @@ def run(config: RunConfig, folder: Path, console: Console, command: str = "") ->
         from swirl_algos import swirl
 
         (folder / "candidates.jsonl").unlink(missing_ok=True)
-        with _Log(folder, "swirl", "train") as log, Writer(folder / "candidates.jsonl") as candidates:
+        with _Log(folder, "swirl", "train") as log, Writer[swirl.Candidate](folder / "candidates.jsonl") as candidates:
             swirl.train(
                 model.model, model.tokenizer, kept.kept, judge, train_env.grammar, config.swirl, seed=config.seed, log=log,
                 record=candidates.write,
@@ -241,7 +241,7 @@ def _claim(folder: Path, config: RunConfig) -> None:
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in data.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
@@ -308,7 +308,7 @@ class _Log:
             part.write_text("".join(lines), encoding="utf-8")
             part.replace(path)
         self._out: Writer = Writer(path)
-        self._bar = None
+        self._bar: Any = None
 
     def __call__(self, metrics: dict[str, Any]) -> None:
         self._bar = self._bar or stages.bar(metrics["updates"], self.name, "update")

@@ -32,7 +32,7 @@ def generate(
     jobs = [(task_id, sample) for task_id in task_ids for sample in range(samples)]
     missing = [(task_id, sample) for task_id, sample in jobs if (task_id, sample, 0) not in done]
     if missing:
-        with Writer(path) as out, bar(len(jobs), name, "episode", len(jobs) - len(missing)) as progress:
+        with Writer[Trajectory](path) as out, bar(len(jobs), name, "episode", len(jobs) - len(missing)) as progress:
             for trajectory in rollout(make_env, policy, missing, seed=seed, batch_size=batch_size):
                 out.write(trajectory)
                 done[trajectory.key] = trajectory
@@ -51,7 +51,7 @@ def judge(trajectories: Iterable[Trajectory], judge: Judge, path: Path) -> list[
     }
     missing = [trajectory for trajectory in trajectories if trajectory.key not in done]
     if missing:
-        with Writer(path) as out:
+        with Writer[Trajectory](path) as out:
             for trajectory in tqdm(
                 missing, desc=f"judge ({judge.name})", unit="trajectory", disable=len(missing) < 100
             ):
@@ -69,7 +69,7 @@ def filter_by(name: str, trajectories: Iterable[Trajectory], path: Path) -> Kept
     result = keep(name, trajectories)
     part = path.with_name(path.name + ".part")
     part.unlink(missing_ok=True)
-    with Writer(part) as out:
+    with Writer[Trajectory](part) as out:
         for trajectory in result.kept:
             out.write(trajectory)
     part.replace(path)

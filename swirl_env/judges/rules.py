@@ -290,8 +290,11 @@ def _calculation(question: str, earlier: list[_Shown], call: ToolCall) -> Verdic
         return _verdict(0.0, f"does not evaluate: {expression}")
     if not expression.changes:
         return _verdict(0.0, "calculates nothing: a lone number, or an operation that changes nothing")
-    calculations = [(shown, _read(str(shown.call.arguments.get("expression", "")))) for shown in earlier]
-    calculations = [(shown, read) for shown, read in calculations if isinstance(read, _Expression)]
+    calculations = [
+        (shown, read)
+        for shown in earlier
+        if isinstance(read := _read(str(shown.call.arguments.get("expression", ""))), _Expression)
+    ]
     if any(read.form == expression.form for _, read in calculations):
         return _verdict(0.0, "was calculated before")
     results = [value for shown in earlier if (value := shown.result) is not None]
@@ -433,10 +436,10 @@ def _answer(view: StepView, answer: str) -> Verdict:
 
 def _number_answer(question: str, evidence: list[_Shown], answer: str) -> Verdict:
     calculated = [shown for shown in evidence if shown.result is not None]
-    results = [shown.result for shown in calculated]
+    results = [shown.result for shown in calculated if shown.result is not None]
     number = answers.parse_number(answer)
     written = re.sub(r"[^\d.eE-]", "", answer.rpartition("=")[2].strip(" .")) if number is not None else ""
-    if number is None:
+    if number is None or abs(number) > 10**300:
         return _verdict(0.0, "not one number")
     if float(number) != results[-1] and not _rounds_to(results[-1], written):
         if any(_rounds_to(value, written) for value in results):

@@ -64,7 +64,8 @@ def describe(function: Callable[..., Any]) -> tuple[str, dict[str, Any]]:
     if not documentation.short_description:
         raise ConfigError(f"The tool {name} needs a docstring: its first line is what the model reads about it.")
     meanings = {item.arg_name: item.description for item in documentation.params}
-    hints, fields = get_type_hints(function), {}
+    hints = get_type_hints(function)
+    fields: dict[str, Any] = {}
     for argument in inspect.signature(function).parameters.values():
         if argument.name == "self":
             continue
@@ -96,7 +97,14 @@ def function_schema(tool: Tool) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-_READS = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict}
+_READS: dict[str, Any] = {
+    "string": str,
+    "integer": int,
+    "number": (int, float),
+    "boolean": bool,
+    "array": list,
+    "object": dict,
+}
 
 
 def _checked(tool: Tool, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,8 +131,8 @@ def _checked(tool: Tool, arguments: Mapping[str, Any]) -> dict[str, Any]:
 def call_tool(tools: Mapping[str, Tool], call: ToolCall) -> ToolResult:
     """Make one call; whatever happens is a result. The text is escaped and cut to `MAX_RESULT_CHARACTERS`."""
     start = time.perf_counter()
+    error: str | None = "unknown_tool"
     try:
-        error = "unknown_tool"
         if call.name not in tools:
             raise ToolError(f"There is no tool {call.name!r}.{near(call.name, tools)}")
         error = "bad_arguments"

@@ -10,6 +10,7 @@ import ast
 import math
 import re
 from fractions import Fraction
+from typing import Any
 
 import numexpr
 
@@ -22,7 +23,7 @@ MAX_BITS = 4_000
 
 Number = Fraction | float
 
-_EXACT = {
+_EXACT: dict[str, Any] = {
     "abs": abs,
     "min": min,
     "max": max,
@@ -159,7 +160,7 @@ def _function(name: str, values: list[Number]) -> Number:
         if (
             name in ("min", "max")
             or len(values) == 1
-            or (name == "round" and len(values) == 2 and abs(values[1]) < 100)
+            or (name == "round" and len(values) == 2 and -100 < values[1] < 100)
         ):
             result = _EXACT[name](values) if name in ("min", "max") else _EXACT[name](*values)
             return float(result) if any(isinstance(value, float) for value in values) else result

@@ -100,5 +100,5 @@ class Search:
         return {"k": self.k, "corpus": self.corpus, "documents": tuple(self.documents)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["k"], state["corpus"])
+        Search.__init__(self, state["k"], state["corpus"])
         self.bind(state["documents"])
