@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 # settings of stage 2 that suit a 135M model on two cores
-LEARN := --swirl.epochs 3 --swirl.batch-size 2 --swirl.learning-rate 2e-5 --swirl.max-new-tokens 48
+LEARN := --sft.epochs 1 --swirl.epochs 3 --swirl.batch-size 2 --swirl.learning-rate 2e-5 --swirl.max-new-tokens 48
 
 help:
 	@echo "make demo       a small model learns to answer real GSM8K questions with a calculator (about 10 minutes)"

@@ -9,7 +9,7 @@ class SftConfig:
 
     learning_rate: float = 1e-4
     """peak learning rate of AdamW"""
-    epochs: int = 1
+    epochs: int = 3
     """passes over the trajectories"""
     batch_size: int = 4
     """trajectories an update"""

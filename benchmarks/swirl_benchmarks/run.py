@@ -86,6 +86,11 @@ def run(config: RunConfig, folder: Path, console: Console, command: str = "") ->
     train, test = (_maker(config, split) for split in ("train", "test"))
     train_env, test_env = train().unwrapped, test().unwrapped
     _claim(folder, config)
+    if (folder / "results.json").exists():
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        console.print(f"{folder} is complete.")
+        show(results, console)
+        return results
     assert isinstance(train_env, ToolEnv) and isinstance(test_env, ToolEnv)
     train_ids, test_ids = list(train_env.task_set.tasks), list(test_env.task_set.tasks)
     questions = {train_env.task_set.tasks[task_id].question for task_id in train_ids}
