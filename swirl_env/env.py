@@ -6,6 +6,7 @@ A malformed action, an unknown tool, wrong arguments or a tool error is an obser
 """
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,8 +79,10 @@ class ToolEnv(gym.Env[str, str]):
             raise ConfigError(f"reward={reward!r} needs a judge: give judge='rules', or reward='outcome'.")
         if not isinstance(outcome_weight, (int, float)) or not 0 <= outcome_weight <= 1:
             raise ConfigError(f"outcome_weight must lie in [0, 1], got {outcome_weight!r}.")
-        if isinstance(tools, str) or not all(isinstance(name, str) for name in tools):
-            raise ConfigError(f"tools must be a list of names, such as ['search'], got {tools!r}.")
+        if not isinstance(tools, (list, tuple)) or not all(isinstance(name, str) for name in tools):
+            raise ConfigError(f"tools must be a list of names, such as ['search', 'module:attribute'], got {tools!r}.")
+        if path is not None and (not isinstance(path, str) or not path):
+            raise ConfigError(f"path must name a file, or be None for the bundled tasks; got {path!r}.")
         for name, value in (("max_steps", max_steps), ("malformed_limit", malformed_limit)):
             if (value is not None or name == "max_steps") and (
                 isinstance(value, bool) or not isinstance(value, int) or value < 1
@@ -162,6 +165,12 @@ class ToolEnv(gym.Env[str, str]):
             self.stop = "answered"
         elif any(result.error == "crash" for result in results):
             self.stop = "error"
+            crashed = next(result.text for result in results if result.error == "crash")
+            warnings.warn(
+                f"{crashed} (the episode ends; raise ToolError for what the model should read)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         elif self._malformed == self.malformed_limit:
             self.stop = "malformed_limit"
         elif left == 0:

@@ -42,7 +42,7 @@ DIALECTS = {
         Dialect(
             name="default",
             prompt=(
-                "{instruction} Take one step each turn, at most {limit} steps. A step is one of:\n{actions}\n"
+                "{instruction} Take one step each turn, at most {limit}. A step is one of:\n{actions}\n"
                 "Results come back as <result>...</result>.\n\n{question}"
             ),
             result="<result>{text}</result>",
@@ -201,7 +201,9 @@ class Grammar:
             return f"There is no tool {foreign[1]!r}.{near(foreign[1], self._tool_of)}"
         if not self._tag.search(text):
             return "There is no tag."
-        return None if thought and self.dialect.think else "The action holds no call and no answer."
+        if thought and self.dialect.think:
+            return None
+        return "The thought is empty." if self.dialect.think else "The action holds no call and no answer."
 
     def _advice(self) -> str:
         think = [self.dialect.think] if self.dialect.think else []

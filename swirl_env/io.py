@@ -112,9 +112,13 @@ class Writer(Generic[Record]):
 
 def read_official(path: str | Path) -> Iterator[tuple[str, Any]]:
     """(place, row) of a data set's official file: a JSON array, `{"data": [...]}` or JSONL, each also gzip-compressed."""
-    path = Path(path)
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise DataError(f"{path} is a folder. Name the file in it.")
     if not path.is_file():
-        raise DataError(f"There is no file {path}. Check the path; it is taken from {Path.cwd().name or '/'}/.")
+        raise DataError(
+            f"There is no file {path}." + ("" if path.is_absolute() else f" It was looked for in {Path.cwd()}.")
+        )
     try:
         raw = path.read_bytes()
         if raw[:2] == b"\x1f\x8b":

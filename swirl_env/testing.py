@@ -35,6 +35,11 @@ def check_env_contract(env: gym.Env, answers: bool = True) -> None:
     """
     base = env.unwrapped
     assert isinstance(base, ToolEnv), f"expected an environment over ToolEnv, got {type(base).__name__}"
+    if base.judge is not None:
+        base.reset(seed=0)
+        verdict = base.step("<answer>x</answer>")[4]["step"].verdict
+        failed = verdict.score is None and verdict.reason.startswith(("the judge failed", "expected a Verdict"))
+        assert not failed, f"its judge is broken: {verdict.reason}"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_env(base, skip_render_check=True)

@@ -9,7 +9,7 @@ def play(env: gym.Env, *, seed: int | None = None, task_id: str | None = None) -
     """Print the observation, read one action a line, and go on until the episode or the input ends."""
     options: dict[str, Any] = {} if task_id is None else {"task_id": task_id}
     text, info = env.reset(seed=seed, options=options)
-    print(text)
+    print(f"{text}\n\n(one action a line; Ctrl-D leaves)")
     done = False
     while not done:
         try:

@@ -42,6 +42,8 @@ def replay(path: str | Path) -> Scripted:
     Raises:
         ConfigError: the file holds no trajectory. While acting: a state that was not recorded.
     """
+    if not Path(path).is_file():
+        raise ConfigError(f"replay: there is no file {str(path)!r}. Give the trajectories.jsonl of a run.")
     actions: dict[tuple[str, ...], str] = {}
     for trajectory in read(path, Trajectory):
         for state, step in zip(trajectory.states(), trajectory.steps, strict=True):

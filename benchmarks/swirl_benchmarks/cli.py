@@ -37,6 +37,7 @@ def run(
     from swirl_benchmarks import evaluate
     from swirl_benchmarks.run import run as run_all
 
+    evaluate.check_target(json)
     name = config.env.rpartition("/")[2].lower()
     folder = Path(out or f"runs/{name}-{config.tasks}-seed{config.seed}")
     results = run_all(config, folder, _console(), command=" ".join(["swirl", *sys.argv[1:]]))
@@ -59,7 +60,7 @@ def eval_(
         path: official file of tasks; none: the bundled test tasks.
         tasks: how many, drawn by the seed; none: all.
         samples: episodes a task.
-        judge: who scores the steps.
+        judge: who scores the steps: rules, or module:attribute.
         temperature: of sampling; 0 is greedy.
         max_new_tokens: token cap of an action.
         malformed_limit: malformed actions that end an episode; none: no limit.
@@ -76,6 +77,8 @@ def eval_(
         raise ConfigError(
             f"--tasks must be at least 1, --samples too and --seed 0 or more; got {tasks}, {samples}, {seed}."
         )
+    evaluate.check_target(json)
+    evaluate.check_target(out)
     if out is not None and Path(out).exists():
         raise ConfigError(f"{out} exists already. Give another --out.")
 
@@ -92,9 +95,12 @@ def eval_(
         )
         judged = stages.judge(acted, judging, Path(out) if out else Path(scratch) / "judged.jsonl")
     figures = evaluate.report(world, model, judged) | {"judge": judging.name, "seed": seed, "temperature": temperature}
+    evaluate.print_table(f"{env}, mean [95 % interval]", {model: figures}, _console())
+    if figures["unknown"]:
+        verdicts = [step.verdict for one in judged for step in one.steps if step.verdict and step.verdict.score is None]
+        print(f"{figures['unknown']} verdicts are unknown, such as: {verdicts[0].reason}", file=sys.stderr)
     if json:
         evaluate.write_json(json, figures)
-    evaluate.print_table(f"{env}, mean [95 % interval]", {model: figures}, _console())
 
 
 def play(
@@ -111,6 +117,8 @@ def play(
         task: task id; none: a random one.
         seed: of the random task.
     """
+    if seed is not None and seed < 0:
+        raise ConfigError(f"--seed must be 0 or more, got {seed}.")
     from swirl_agents.human import play as play_in
 
     from swirl_benchmarks import evaluate
@@ -138,10 +146,16 @@ COMMANDS: dict[str, Callable] = {"run": run, "eval": eval_, "play": play, "envs"
 def main() -> None:
     """Entry point of `swirl`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.path.insert(0, str(Path.cwd()))  # so that module:attribute finds a file beside you
     try:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="swirl", description="Step-wise RL environments and training."
         )
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers", "safetensors", "gguf", "tokenizers"):
+            raise
+        print(f"swirl: this needs {error.name}: pip install -e '.[train]' in the project's folder.", file=sys.stderr)
+        sys.exit(2)
     except (SwirlError, OSError) as error:
         print(f"swirl: {error}", file=sys.stderr)
         sys.exit(2)

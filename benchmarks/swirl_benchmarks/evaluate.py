@@ -1,5 +1,6 @@
 """Evaluate a policy on the test tasks of an environment."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from swirl_agents.scripted import SCRIPTED, make_scripted
 import swirl_env  # noqa: F401  registers the ids
 from swirl_benchmarks.metrics import Estimate, summary
 from swirl_env.env import ToolEnv
-from swirl_env.errors import ConfigError, UnknownNameError, near
+from swirl_env.errors import ConfigError, SwirlError, UnknownNameError, near
 from swirl_env.registration import ENVS
 from swirl_env.types import Policy, Trajectory
 
@@ -33,6 +34,12 @@ def make(env_id: str, **kwargs: Any) -> gym.Env:
         return gym.make(env_id, disable_env_checker=True, **kwargs)
     except ModuleNotFoundError as error:
         raise ConfigError(f"{env_id!r}: {error}. Write MODULE:ID with an importable module.") from error
+    except TypeError as error:
+        if isinstance(error, SwirlError):
+            raise
+        raise ConfigError(
+            f"{env_id!r} is not an environment of this toolkit ({error}). Known: {', '.join(ENVS)}."
+        ) from error
 
 
 def make_policy(name: str, env: gym.Env, *, temperature: float, max_new_tokens: int, seed: int) -> Policy:
@@ -76,6 +83,16 @@ def print_table(title: str, columns: dict[str, dict[str, Any]], console: Console
         table.add_row(name, *(str(Estimate(**figures["metrics"][name])) for figures in columns.values()))
     table.add_row("questions", *(str(figures["n"]) for figures in columns.values()))
     (console or Console(width=None)).print(table)
+
+
+def check_target(path: str | None) -> None:
+    """Raise `ConfigError` now if a file could not be written later."""
+    if path is not None and (Path(path).is_dir() or not os.access(_nearest(Path(path).absolute().parent), os.W_OK)):
+        raise ConfigError(f"{path} cannot be written: it is a folder, or its folder is closed. Give another file.")
+
+
+def _nearest(folder: Path) -> Path:
+    return folder if folder.exists() else _nearest(folder.parent)
 
 
 def write_json(path: str | Path, data: Any) -> None:

@@ -36,7 +36,8 @@ def wilson(successes: float, n: int) -> Estimate:
     mean = successes / n
     centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-    return Estimate(mean, float(max(0.0, centre - half)), float(min(1.0, centre + half)))
+    low, high = round(float(centre - half), 12), round(float(centre + half), 12)
+    return Estimate(mean, max(0.0, low), min(1.0, high))
 
 
 def bootstrap(values_N: Sequence[float], weights_N: Sequence[float] | None = None, seed: int = 0) -> Estimate:
@@ -131,7 +132,7 @@ def summary(trajectories: Sequence[Trajectory], metrics: Callable[[Trajectory], 
         "process": mean(process_score),
         "malformed": share(malformed, actions),
         "tool_errors": share(errors, calls),
-        "steps": mean(lambda t: float(len(t.steps))),
+        "steps": bootstrap(list(_by_question(trajectories, lambda t: float(len(t.steps))).values())),
     }
     named = {id(trajectory): metrics(trajectory) for trajectory in trajectories}
     names = list(next(iter(named.values()), {}))

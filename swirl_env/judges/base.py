@@ -1,6 +1,7 @@
 """How a judge is named, asked, and shown a recorded trajectory."""
 
 import math
+import warnings
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -19,8 +20,9 @@ def load_object(name: str, what: str) -> Any:
     except ImportError as error:
         raise ConfigError(f"{what} {name!r}: cannot import {module!r} ({error}). Is it on PYTHONPATH?") from error
     except AttributeError:
+        public = [known for known in dir(import_module(module)) if not known.startswith("_")]
         raise UnknownNameError(
-            f"{what} {name!r}: the module {module} has no {attribute!r}.{near(attribute, dir(import_module(module)))}"
+            f"{what} {name!r}: the module {module} has no {attribute!r}.{near(attribute, public)}"
         ) from None
 
 
@@ -38,7 +40,17 @@ def make_judge(name: str) -> Judge:
 
 
 def ask(judge: Judge, batch: list[StepView]) -> list[Verdict]:
-    """The judge's verdicts, checked. A judge that crashes or breaks its promise yields unknown, never 0."""
+    """The judge's verdicts, checked. A malformed action scores 0 and costs no call. A judge that crashes or breaks its
+    promise yields unknown, never 0, and a warning."""
+    if any(view.action.malformed is not None for view in batch):
+        well = iter(ask(judge, [view for view in batch if view.action.malformed is None]))
+        return [
+            next(well) if view.action.malformed is None
+            else Verdict(0.0, f"malformed: {view.action.malformed}", judge.name)
+            for view in batch
+        ]  # fmt: skip
+    if not batch:
+        return []
     allowed = batch if getattr(judge, "uses_gold", False) else [replace(v, task=None, results=None) for v in batch]
     try:
         verdicts = judge(allowed)
@@ -47,7 +59,9 @@ def ask(judge: Judge, batch: list[StepView]) -> list[Verdict]:
     except Exception as error:
         if len(batch) > 1:  # one view that breaks the judge must not blind it to the others
             return [verdict for view in batch for verdict in ask(judge, [view])]
-        return [Verdict(None, f"the judge failed: {type(error).__name__}: {error}", judge.name)] * len(batch)
+        verdict = Verdict(None, f"the judge failed: {type(error).__name__}: {error}", judge.name)
+        warnings.warn(f"{judge.name}: {verdict.reason} (this step is unscored)", RuntimeWarning, stacklevel=2)
+        return [verdict]
     return [verdict if _valid(verdict) else _unknown(verdict, judge.name) for verdict in verdicts]
 
 
@@ -59,6 +73,11 @@ def _valid(verdict: Any) -> bool:
 
 
 def _unknown(verdict: Any, name: str) -> Verdict:
+    warnings.warn(
+        f"{name}: expected a Verdict with a score in [0, 1] or None, got {verdict!r}"[:300],
+        RuntimeWarning,
+        stacklevel=3,
+    )
     return Verdict(None, f"expected a Verdict with a score in [0, 1] or None, got {verdict!r}"[:300], name)
 
 

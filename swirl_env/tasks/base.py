@@ -1,7 +1,7 @@
 """What a task set is, and how one is loaded.
 
 A module of this folder gives `INSTRUCTION`, `METRICS` (the first one is the outcome), `FILES` (split -> bundled file) and
-`read(rows)`, which turns the rows of an official file into (task, documents) pairs.
+`read(rows, file)`, which turns the rows of an official file into (task, documents) pairs; `file` names tasks without an id.
 """
 
 from collections.abc import Callable, Iterator
@@ -69,8 +69,9 @@ def load_tasks(name: str, split: str, path: str | None = None) -> TaskSet:
     module = import_module(f"swirl_env.tasks.{name}")
     if path is None and split not in module.FILES:
         raise UnknownNameError(f"{name} has no split {split!r}.{near(split, module.FILES)} Or give path=FILE.")
+    name_of_file = f"{name}-{split}" if path is None else Path(path).name.partition(".")[0]
     tasks, documents = {}, {}
-    for task, paragraphs in module.read(read_official(path or DATA / module.FILES[split]), split):
+    for task, paragraphs in module.read(read_official(path or DATA / module.FILES[split]), name_of_file):
         task_id, copy = task.id, 2
         while task_id in tasks:  # some official ids are not unique
             task_id, copy = f"{task.id}#{copy}", copy + 1

@@ -16,7 +16,7 @@ METRICS = {"accuracy": answers.numeric_equal}
 FILES = {"train": "gsm8k_train.jsonl.gz", "test": "gsm8k_test.jsonl.gz"}
 
 
-def read(rows: Rows, split: str) -> Iterator[tuple[Task, Documents]]:
+def read(rows: Rows, file: str) -> Iterator[tuple[Task, Documents]]:
     """Official rows -> tasks. `meta`: `solution` (the worked one), `hops` (its annotations)."""
     for index, (where, row) in enumerate(rows):
         question, solution = text_field(where, row, "question"), text_field(where, row, "answer")
@@ -24,4 +24,4 @@ def read(rows: Rows, split: str) -> Iterator[tuple[Task, Documents]]:
         if not mark or answers.parse_number(gold) is None:
             raise DataError(f"{where}: expected the answer to end in a line '#### NUMBER', got {solution[-40:]!r}.")
         meta = {"solution": worked.strip(), "hops": worked.count("<<")}
-        yield Task(f"gsm8k-{split}-{index}", question.strip(), (gold.strip(),), meta), []
+        yield Task(f"{file}-{index}", question.strip(), (gold.strip(),), meta), []

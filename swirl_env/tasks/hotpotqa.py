@@ -17,9 +17,9 @@ METRICS = {"em": answers.exact_match, "f1": answers.f1}
 FILES = {"train": "hotpotqa_train.json.gz", "test": "hotpotqa_test.json.gz"}
 
 
-def read(rows: Rows, split: str) -> Iterator[tuple[Task, Documents]]:
+def read(rows: Rows, file: str) -> Iterator[tuple[Task, Documents]]:
     """Official rows -> tasks. `meta`: `type`, `level`, `hops`, `supporting_facts` ([title, sentence index] pairs)."""
-    del split
+    del file  # every record has its id
     for where, row in rows:
         question, gold = text_field(where, row, "question"), text_field(where, row, "answer")
         try:

@@ -86,7 +86,7 @@ def make_tool(value: Any) -> Tool:
     """A tool as it is, or a plain function made into one."""
     if all(hasattr(value, name) for name in ("name", "description", "parameters")) and callable(value):
         return value
-    if callable(value):
+    if callable(value) and hasattr(value, "__name__"):
         return tool(value)
     raise ConfigError(f"Expected a tool or a function with type hints and a docstring, got {value!r}.")
 

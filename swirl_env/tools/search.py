@@ -4,6 +4,7 @@ Without a corpus the index is the task's own paragraphs, made when first searche
 A result is the paragraph's title on one line and its text on the next; results are separated by an empty line.
 """
 
+import logging
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -16,6 +17,8 @@ from swirl_env.errors import ConfigError, ToolError
 from swirl_env.io import read_official
 from swirl_env.tools.base import describe
 from swirl_env.types import Document
+
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG and tells of every index
 
 _WORD = re.compile(r"\w+")
 

@@ -64,6 +64,7 @@ def test_summary_by_hand():
     assert figures["malformed"]["mean"] == pytest.approx(1 / 6)
     assert figures["tool_errors"]["mean"] == pytest.approx(3 / 6)
     assert figures["steps"]["mean"] == 3.0
+    assert summary([trajectory(f"q{i}", [1.0]) for i in range(9)], lambda t: {})["steps"]["low"] == 1.0
     assert figures["unknown"] == 1
     assert figures["metrics"]["em"]["mean"] == 0.5
     assert process_score(trajectory("c", [None])) is None

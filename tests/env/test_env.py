@@ -92,6 +92,7 @@ def test_an_episode_by_hand():
         env.unwrapped.step("more")
 
 
+@pytest.mark.filterwarnings("ignore:crash crashed")
 @pytest.mark.parametrize(
     ("kwargs", "action", "stop"),
     [
@@ -326,8 +327,12 @@ def test_the_kit_finds_faults():
 
     with pytest.raises(AssertionError, match="raise ToolError"):
         check_tool_contract(silent, {"x": "a"}, bad=[{"x": ""}])
-    with pytest.raises(AssertionError, match="expected a Verdict"):
+    with pytest.raises(AssertionError, match="expected a Verdict"), pytest.warns(RuntimeWarning):
         check_judge_contract(Careless())
+    env = make()
+    env.unwrapped.judge = Careless()
+    with pytest.raises(AssertionError, match="its judge is broken"), pytest.warns(RuntimeWarning):
+        check_env_contract(env)
     with pytest.raises(AssertionError, match="over ToolEnv"):
         check_env_contract(gym.make("CartPole-v1"))
 

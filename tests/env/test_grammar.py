@@ -63,7 +63,7 @@ def test_reads(text, thought, calls, answer):
         ("<answer></answer>", "answer is empty"),
         ("<answer>1</answer><answer>2</answer>", "2 answers"),
         ("<search>x</search><answer>2</answer>", "cannot stand in one action"),
-        ("<think></think>", "no call and no answer"),
+        ("<think></think>", "thought is empty"),
         ("<serach>x</serach>", "Did you mean 'search'?"),
         ("a" * (MAX_CHARACTERS + 1), "100,001 characters"),
         ("<search>x</search>" * 9, "9 calls; at most 8"),
@@ -198,7 +198,7 @@ def test_prompt_describes_the_live_tools():
     text = default.prompt("Do it.", "Why?", 5)
     assert "<lookup>table</lookup> Reads a row." in text
     assert text.endswith("\n\nWhy?")
-    assert "at most 5 steps" in text
+    assert "at most 5." in text
 
 
 def test_last_step_is_announced():

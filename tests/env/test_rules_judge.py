@@ -389,7 +389,8 @@ class Broken:
     "reply", [RuntimeError("down"), [], [Verdict(float("nan"), "", "b")], [Verdict(2.0, "", "b")], ["GOOD"], [None]]
 )
 def test_a_broken_judge_is_unknown_not_zero(reply):
-    [verdict] = ask(Broken(reply), [StepView("q", (), Action("x"))])
+    with pytest.warns(RuntimeWarning, match="broken@1"):
+        [verdict] = ask(Broken(reply), [StepView("q", (), Action("x"))])
     assert verdict.score is None
     assert verdict.good is None
     assert verdict.reason
@@ -402,8 +403,24 @@ def test_one_view_that_breaks_a_judge_leaves_the_others():
         def __call__(self, batch):
             return [Verdict(1.0 / len(view.action.text), "", self.name) for view in batch]
 
-    scores = [v.score for v in ask(Fragile(), [StepView("q", (), Action(text)) for text in ("a", "", "bc")])]
+    with pytest.warns(RuntimeWarning, match="ZeroDivisionError"):
+        scores = [v.score for v in ask(Fragile(), [StepView("q", (), Action(text)) for text in ("a", "", "bc")])]
     assert scores == [1.0, None, 0.5]
+
+
+def test_a_malformed_action_scores_0_whoever_judges():
+    class Generous:
+        name, uses_gold = "generous@1", False
+
+        def __call__(self, batch):
+            return [Verdict(1.0, "fine", self.name)] * len(batch)
+
+    batch = [
+        StepView("q", (), Action("a")),
+        StepView("q", (), Action("b", malformed="bad")),
+        StepView("q", (), Action("c")),
+    ]
+    assert [v.score for v in ask(Generous(), batch)] == [1.0, 0.0, 1.0]
 
 
 def test_only_a_gold_judge_sees_gold():
