@@ -9,10 +9,11 @@ Any call       0 on the last step (its result could never be used) or if its evi
 Calculation    evaluates; is not a lone number or something that reduces to one (x + 0, x * 1, x - x); is new, also in
                another order; its numbers come from the question (digits, number words, percentages, units), an earlier
                result or small constants; where three results wait unused it uses one of them; and all but three
-               calculations of an episode use a number of the question for the first time, or join two waiting results.
+               calculations of an episode use a number of the question for the first time, or join two waiting results;
+               those three score 0.8, 0.6 and 0.5, below a sound answer, or a policy would learn to calculate for ever.
 Search         holds a word; is new (not the words of an earlier query that found something, not a paragraph already
                shown); at least half of its content words come from the question or the evidence; from the fourth query
-               on, one of them from the evidence.
+               on, one of them from the evidence; lower once two paragraphs are shown, so that answering is worth more.
 Answer         0 before any evidence. After calculations: the latest result, also rounded as written; bad if most numbers
                of the question were never used, lower the fewer were, if another result waits, and after a single
                calculation for three numbers. After searches: `yes` or `no` exactly where the question asks for one, and
@@ -321,6 +322,7 @@ def _calculation(question: str, earlier: list[_Shown], call: ToolCall) -> Verdic
         idle = _idle(question, [(read, shown.result) for shown, read in calculations])
         if idle >= MAX_IDLE:
             return _verdict(0.2, "neither a new number of the question nor two results that wait: time to answer")
+        return _verdict(max(0.5, 0.8 - 0.2 * idle), "a new calculation, but of nothing new: an answer may be due")
     return _verdict(1.0, "a new calculation from known numbers")
 
 
@@ -398,7 +400,8 @@ def _query(question: str, earlier: list[_Shown], call: ToolCall) -> Verdict:
         return _verdict(0.4 * tied, "mostly words of neither the question nor the evidence")
     if len(earlier) >= 3 and not query & (evidence - asked):
         return _verdict(0.2, "a fourth query that follows nothing found so far")
-    return _verdict(0.6 + 0.4 * tied, "a new query tied to the question or the evidence")
+    score = (0.6 + 0.4 * tied) * (0.75 if len(_paragraphs(earlier)) > 1 else 1.0)
+    return _verdict(max(score, 0.5), "a new query tied to the question or the evidence")
 
 
 def _text_of(call: ToolCall) -> str:

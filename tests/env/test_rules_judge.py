@@ -240,6 +240,18 @@ def test_calculations(expression, earlier, good):
     assert 0 <= verdict.score <= 1
 
 
+def test_going_on_is_worth_less_than_answering():
+    """A policy trained without this never answered: every further calculation scored 1."""
+    done = [("48/2", "24"), ("24/3", "8")]
+    further = calculate("8*24", *done)
+    steps = shown(*(("calculator", "expression", text, result) for text, result in done))
+    finish = JUDGE([StepView(QUESTION, steps, Action("", answer="8"), 3)])[0]
+    assert further.good
+    assert finish.score == 1.0 > further.score
+    pair = [FISH, ("Tim Burton birthplace", "Tim Burton\nTim Burton was born in Burbank.")]
+    assert search("Burbank city", *pair).score < search("Tim Burton birthplace", FISH).score
+
+
 def test_rounded_results_count_as_known():
     assert calculate("33.33*3", ("100/3", "33.3333333333"), question="100 over 3?").good
     assert not calculate("33.35*3", ("100/3", "33.3333333333"), question="100 over 3?").good
