@@ -6,8 +6,8 @@ PYTHON ?= python3
 LEARN := --sft.epochs 1 --swirl.epochs 3 --swirl.batch-size 2 --swirl.learning-rate 2e-5 --swirl.max-new-tokens 48
 
 help:
-	@echo "make demo       a small model learns to answer real GSM8K questions with a calculator (about 10 minutes)"
-	@echo "make results    GSM8K over three seeds, into benchmarks/results (about 40 minutes)"
+	@echo "make demo       a small model learns to answer real GSM8K questions with a calculator"
+	@echo "make results    GSM8K over three seeds, into benchmarks/results"
 	@echo "make test       the tests (under 5 minutes, no network, no GPU)"
 	@echo "make test-slow  also the slow ones, with the real model"
 	@echo "make lint       ruff and mypy"

@@ -20,7 +20,7 @@ from swirl_algos.optimize import TrainingError
 
 import swirl_env  # noqa: F401
 from swirl_env.judges import RulesJudge
-from swirl_env.types import Verdict
+from swirl_env.types import Action, Verdict
 
 TOKENIZER = tiny_tokenizer()
 
@@ -76,7 +76,7 @@ def test_a_sliding_window_falls_back_to_plain_rows():
     ]
     assert losses[0] == losses[1]
     with pytest.warns(UserWarning, match="plain rows"):
-        swirl.train(model, TOKENIZER, GOLD[:1], EvenLetters(), ENV.grammar, CONFIG)
+        swirl.train(model, TOKENIZER, GOLD[:1], EvenLetters(), GRAMMAR, CONFIG)
 
 
 def test_permuting_branches_changes_nothing():
@@ -112,6 +112,16 @@ def test_sft_learns():
     assert len(losses) == losses[0]["updates"] == 16
 
 
+class FreeText:
+    """A grammar in which any text is a thought, so that the judge is asked about whatever a random model writes."""
+
+    stop = ()
+
+    def parse(self, text):
+        return Action(text, thought=text)
+
+
+GRAMMAR = FreeText()
 CONFIG = SwirlConfig(samples=3, max_new_tokens=6, batch_size=2, beta=0.1, temperature=0.8)
 
 
@@ -126,7 +136,7 @@ class EvenLetters:
 
 def batch_of(model, judge, config=CONFIG):
     policy = LocalPolicy(model, TOKENIZER, temperature=config.temperature, max_new_tokens=config.max_new_tokens)
-    candidates = list(swirl.sample_candidates(policy, GOLD[:2], judge, ENV.grammar, config, 0, 0))
+    candidates = list(swirl.sample_candidates(policy, GOLD[:2], judge, GRAMMAR, config, 0, 0))
     return candidates, swirl._trees(policy.renderer, GOLD[:2], candidates)
 
 
@@ -172,7 +182,7 @@ def test_reference_and_fast_way_train_alike():
     for reference in (True, False):
         model, losses = tiny_model(TOKENIZER, seed=1), []
         config = replace(CONFIG, reference=reference, learning_rate=1e-3)
-        swirl.train(model, TOKENIZER, GOLD[:4], EvenLetters(), ENV.grammar, config, log=losses.append)
+        swirl.train(model, TOKENIZER, GOLD[:4], EvenLetters(), GRAMMAR, config, log=losses.append)
         final.append([one["loss"] for one in losses])
     assert final[0] == pytest.approx(final[1], abs=1e-5)
 
@@ -205,9 +215,9 @@ def test_nothing_to_learn_from_is_told():
     model = tiny_model(TOKENIZER)
     before = [parameter.clone() for parameter in model.parameters()]
     with pytest.raises(TrainingError, match="No trajectory is left"):
-        swirl.train(model, TOKENIZER, [], RulesJudge(), ENV.grammar, CONFIG)
+        swirl.train(model, TOKENIZER, [], RulesJudge(), GRAMMAR, CONFIG)
     with pytest.raises(TrainingError, match="Is the judge answering"):
-        swirl.train(model, TOKENIZER, GOLD[:1], Unknowing(everything=True), ENV.grammar, CONFIG)
+        swirl.train(model, TOKENIZER, GOLD[:1], Unknowing(everything=True), GRAMMAR, CONFIG)
     with pytest.raises(TrainingError, match="No trajectory to imitate"):
         sft.train(model, TOKENIZER, [], SftConfig())
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -227,7 +237,7 @@ def test_same_seed_same_model():
     trained = []
     for _ in range(2):
         model = tiny_model(TOKENIZER, seed=1)
-        swirl.train(model, TOKENIZER, GOLD[:2], EvenLetters(), ENV.grammar, replace(CONFIG, learning_rate=1e-3), seed=5)
+        swirl.train(model, TOKENIZER, GOLD[:2], EvenLetters(), GRAMMAR, replace(CONFIG, learning_rate=1e-3), seed=5)
         trained.append([parameter.detach().clone() for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*trained, strict=True))
 
@@ -235,7 +245,7 @@ def test_same_seed_same_model():
 def test_swirl_solves_what_the_judge_rewards():
     model, seen = tiny_model(TOKENIZER, seed=1), []
     config = SwirlConfig(learning_rate=2e-2, epochs=8, batch_size=6, samples=8, max_new_tokens=4, beta=0.001)
-    swirl.train(model, TOKENIZER, GOLD, EvenLetters(), ENV.grammar, config, log=seen.append)
+    swirl.train(model, TOKENIZER, GOLD, EvenLetters(), GRAMMAR, config, log=seen.append)
     assert seen[0]["score"] < 0.6
     assert seen[-1]["score"] > 0.95
     assert seen[0]["kl"] == pytest.approx(0, abs=1e-5)  # the reference is the starting checkpoint
