@@ -317,7 +317,7 @@ class _Log:
 
     def __call__(self, metrics: dict[str, Any]) -> None:
         self._bar = self._bar or stages.bar(metrics["updates"], self.name, "update")
-        shown = {key: f"{metrics[key]:.3f}" for key in ("loss", "score", "kl") if key in metrics}
+        shown = {key: f"{metrics[key]:.3f}" for key in ("loss", "score", "kl") if metrics.get(key) is not None}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
         self._out.write({"stage": self.stage, **metrics})

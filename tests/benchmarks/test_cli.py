@@ -184,3 +184,11 @@ def test_run_stops_with_a_sentence_where_nothing_is_kept(tiny, tmp_path):
     done = swirl(*RUN, "--model", tiny, "--filter", "outcome", "--out", out, code=2)
     assert "No trajectory is left to train on" in done.stderr
     assert len(list(read(out / "judged.jsonl", Trajectory))) == 3
+
+
+def test_an_update_whose_verdicts_are_all_unknown_is_logged(tmp_path):
+    from swirl_benchmarks.run import _Log
+
+    with _Log(tmp_path, "swirl", "train") as log:
+        log({"update": 0, "updates": 1, "score": None})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["score"] is None
