@@ -19,12 +19,12 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(VENV)/.ready
-	$(BIN)/swirl run swirl/GSM8K-v0 --tasks 32 --samples 2 $(LEARN) --out runs/demo
+	$(BIN)/swirl run swirl/GSM8K-v0 --tasks 32 --samples 2 --demonstrations 32 $(LEARN) --out runs/demo
 
 # Process score from warm start to SWiRL over three seeds; the JSON is committed.
 results: $(VENV)/.ready
 	for seed in 0 1 2; do \
-	  $(BIN)/swirl run swirl/GSM8K-v0 --tasks 40 --samples 2 $(LEARN) --seed $$seed \
+	  $(BIN)/swirl run swirl/GSM8K-v0 --tasks 40 --samples 2 --demonstrations 40 $(LEARN) --seed $$seed \
 	    --out runs/results/gsm8k-seed$$seed --json benchmarks/results/gsm8k-seed$$seed.json || exit 1; \
 	done
 

@@ -5,10 +5,9 @@ tool results appended; `info["transcript"]` is the same as messages. Each step e
 A malformed action, an unknown tool, wrong arguments or a tool error is an observation that says what to write instead.
 """
 
-import copy
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 from gymnasium.error import ResetNeeded
@@ -16,15 +15,36 @@ from gymnasium.error import ResetNeeded
 from swirl_env.errors import ConfigError, UnknownArgumentError, UnknownNameError, near
 from swirl_env.grammar import Grammar
 from swirl_env.judges import ask, make_judge
-from swirl_env.judges.base import load_object
+from swirl_env.names import name_of
 from swirl_env.spaces import Unicode
-from swirl_env.tasks import load_tasks
-from swirl_env.tools import Search, calculator, call_tool, make_tool
+from swirl_env.tasks import load_tasks, options_of
+from swirl_env.tools import call_tool, make_tool, named_tools
 from swirl_env.tools.base import function_schema
-from swirl_env.types import EnvRecord, Message, Step, StepView, StopReason, Task, Tool, Transcript
+from swirl_env.types import (
+    Action,
+    EnvRecord,
+    Judge,
+    Message,
+    Step,
+    StepView,
+    StopReason,
+    Task,
+    Tool,
+    ToolResult,
+    Transcript,
+    Verdict,
+)
 
 REWARDS = ("process", "outcome", "both")
-SEARCH_KEYS = ("backend", "k", "corpus")
+
+
+class Taken(NamedTuple):
+    """An action read, carried out and judged, but not yet part of the episode."""
+
+    text: str
+    action: Action
+    results: tuple[ToolResult, ...]
+    verdict: Verdict | None
 
 
 class ToolEnv(gym.Env[str, str]):
@@ -34,16 +54,19 @@ class ToolEnv(gym.Env[str, str]):
         tasks: the task set, such as `gsm8k` (set by the registered id).
         split: `train` or `test`.
         path: an official file of the task set; `None`: the bundled tasks.
-        tools: names (`calculator`, `search`) or `"module:attribute"`.
-        judge: `"rules"`, `"module:attribute"`, or `None` for no process reward.
+        tools: names (`calculator`, `search`, ...) or `"module:attribute"`.
+        judge: `"rules"`, `"gold-steps"`, `"module:attribute"`, or `None` for no process reward.
         reward: `process` (each step's score), `outcome` (the official metric, at the end) or `both`
             (`outcome_weight` x outcome + (1 - `outcome_weight`) x process).
         outcome_weight: in [0, 1], for `reward="both"`.
-        grammar: `default` or `paper`.
+        grammar: `default`, `paper`, `search-r1`, `hermes`, `openai` or `react`.
         search: `{"backend": "bm25", "k": 1, "corpus": FILE}`, each optional; a string is the back end.
+        instruction: first sentence of the prompt; `None`: the task set's own.
+        metric: which of the task set's metrics is the outcome; `None`: the official one.
         max_steps: actions an episode may take; every action counts, malformed ones too.
         malformed_limit: malformed actions after which the episode is truncated; `None`: no limit.
         render_mode: `None` or `ansi`.
+        options: arguments of the task set itself, such as `operations=3` of `swirl/Arithmetic-v0`.
 
     Raises:
         ConfigError: a value that cannot work; `UnknownArgumentError` names the near match of a misspelt keyword.
@@ -64,15 +87,15 @@ class ToolEnv(gym.Env[str, str]):
         outcome_weight: float = 0.5,
         grammar: str = "default",
         search: dict[str, Any] | str | None = None,
+        instruction: str | None = None,
+        metric: str | None = None,
         max_steps: int = 5,
         malformed_limit: int | None = None,
         render_mode: str | None = None,
-        **unknown: Any,
+        **options: Any,
     ):
-        if unknown:
-            raise UnknownArgumentError(
-                f"{', '.join(map(repr, unknown))} is no argument of this environment.{near(next(iter(unknown)), _KWARGS)}"
-            )
+        for key in set(options) - set(known := options_of(tasks)):
+            raise UnknownArgumentError(f"{key!r} is no argument of this environment.{near(key, [*_KWARGS, *known])}")
         if reward not in REWARDS:
             raise UnknownNameError(f"reward={reward!r} is not known.{near(reward, REWARDS)}")
         if reward != "outcome" and judge is None:
@@ -93,17 +116,21 @@ class ToolEnv(gym.Env[str, str]):
         self.observation_space, self.action_space = Unicode(), Unicode()
         self.render_mode, self.reward, self.outcome_weight = render_mode, reward, outcome_weight
         self.max_steps, self.malformed_limit = max_steps, malformed_limit
-        self.task_set = load_tasks(tasks, split, path)
+        self.task_set = load_tasks(tasks, split, path, instruction=instruction, metric=metric, **options)
         self.judge = None if judge is None else make_judge(judge)
-        searching = _search_settings(search)
-        self.grammar = Grammar(grammar, [_make_named_tool(name, searching) for name in tools])
+        self.grammar = Grammar(grammar, [tool for name in tools for tool in named_tools(name, search)])
         self._task_ids = list(self.task_set.tasks)
         self._kwargs = {
             "split": split, "path": path, "tools": list(tools), "judge": judge, "reward": reward,
-            "outcome_weight": outcome_weight, "grammar": grammar, "search": search, "max_steps": max_steps,
-            "malformed_limit": malformed_limit,
+            "outcome_weight": outcome_weight, "grammar": grammar, "search": search, "instruction": instruction,
+            "metric": metric, "max_steps": max_steps, "malformed_limit": malformed_limit, **options,
         }  # fmt: skip
         self._done = True
+        self._taken: Taken | None = None
+        self.judge_name = judge
+        """The name the judge was made from; `None` for a live object."""
+        self.next_task: str | None = None
+        """The task of the next reset, unless its options name one."""
         self.task: Task | None = None
         self.steps: list[Step] = []
         self.stop: StopReason | None = None
@@ -114,9 +141,20 @@ class ToolEnv(gym.Env[str, str]):
         """The live tools by name."""
         return self.grammar.tools
 
-    def add_tool(self, tool: Any) -> None:
-        """Offer one more tool (a `Tool` or a typed, documented function) from the next reset on."""
-        self.grammar = Grammar(self.grammar.dialect.name, [*self.tools.values(), make_tool(tool)])
+    def set_tools(self, tools: Sequence[Any]) -> None:
+        """Offer these tools (`Tool`s or typed, documented functions) from the next reset on."""
+        self.grammar = Grammar(self.grammar.dialect.name, map(make_tool, tools))
+
+    def set_judge(self, judge: str | Judge | None) -> None:
+        """Ask another judge from the next step on: by name, a live object, or none."""
+        self.judge_name = judge if isinstance(judge, str) else None
+        self.judge = make_judge(judge) if isinstance(judge, str) else judge
+        self._kwargs["judge"] = self.judge_name if judge is None or self.judge_name else name_of(judge)
+
+    @property
+    def running(self) -> bool:
+        """Whether an episode has begun and not ended."""
+        return not self._done
 
     @property
     def record(self) -> EnvRecord:
@@ -135,7 +173,7 @@ class ToolEnv(gym.Env[str, str]):
         options = options or {}
         if set(options) - {"task_id"}:
             raise UnknownNameError(f"reset() takes the option 'task_id', got {', '.join(map(repr, options))}.")
-        task_id = options.get("task_id")
+        task_id = options.get("task_id", self.next_task)
         if task_id is None:
             task_id = self._task_ids[int(self.np_random.integers(len(self._task_ids)))]
         if not isinstance(task_id, str) or task_id not in self.task_set.tasks:
@@ -150,15 +188,31 @@ class ToolEnv(gym.Env[str, str]):
         prompt = self.grammar.prompt(self.task_set.instruction, self.task.question, self.max_steps)
         self.transcript = Transcript((Message("user", prompt),), self.grammar.stop)
         self._text = prompt
-        self.steps, self.stop, self._done, self._malformed = [], None, False, 0
+        self.steps, self.stop, self._done, self._malformed, self._taken = [], None, False, 0, None
         return self._text, {"task_id": task_id, "transcript": self.transcript, "step": None}
+
+    def view(self, action: Action, results: tuple[ToolResult, ...]) -> StepView:
+        """What a judge is asked about an action at this state."""
+        if self._done or self.task is None:
+            raise ResetNeeded("The episode is over (or has not begun): call reset() before step().")
+        left = self.max_steps - len(self.steps) - 1
+        return StepView(self.task.question, tuple(self.steps), action, left, self.task, results)
+
+    def prepare(self, taken: Taken) -> None:
+        """The next `step` with this text uses what a vector environment has read, carried out and judged for it."""
+        self._taken = taken
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Take one action. Whatever the string holds, this returns; what is wrong with it stands in the observation."""
         if self._done or self.task is None:
             raise ResetNeeded("The episode is over (or has not begun): call reset() before step().")
-        parsed = self.grammar.parse(action)
-        results = tuple(call_tool(self.tools, call) for call in parsed.calls)
+        taken, self._taken = self._taken, None
+        if taken is not None and taken.text is action:
+            _, parsed, results, verdict = taken
+        else:
+            parsed = self.grammar.parse(action)
+            results = tuple([call_tool(self.tools, call) for call in parsed.calls])
+            verdict = None if self.judge is None else ask(self.judge, [self.view(parsed, results)])[0]
         left = self.max_steps - len(self.steps) - 1
         self._malformed += parsed.malformed is not None
         if parsed.answer is not None:
@@ -177,10 +231,6 @@ class ToolEnv(gym.Env[str, str]):
             self.stop = "step_limit"
         self._done = self.stop is not None
         observation = "" if self._done else self.grammar.observation(parsed, results, left)
-        verdict = None
-        if self.judge is not None:
-            view = StepView(self.task.question, tuple(self.steps), parsed, left, self.task, results)
-            verdict = ask(self.judge, [view])[0]
         self.steps.append(Step(parsed, results, observation))
         said = (Message("assistant", parsed.text),) + (() if self._done else (Message("user", observation),))
         self.transcript = Transcript(self.transcript.messages + said, self.grammar.stop)
@@ -191,14 +241,11 @@ class ToolEnv(gym.Env[str, str]):
             "step": Step(parsed, results, observation, verdict),
         }
         process = 0.0 if verdict is None or verdict.score is None else verdict.score
-        outcome = 0.0
+        outcome: float | None = 0.0
         if self._done:
             info["outcome"] = outcome = self.task_set.outcome(self.task, parsed.answer)
-        reward = {
-            "process": process,
-            "outcome": outcome,
-            "both": self.outcome_weight * outcome + (1 - self.outcome_weight) * process,
-        }[self.reward]
+        weight = {"process": 0.0, "outcome": 1.0, "both": self.outcome_weight}[self.reward]
+        reward = weight * (outcome or 0.0) + (1 - weight) * process
         terminated = self.stop == "answered"
         return self._text, float(reward), terminated, self._done and not terminated, info
 
@@ -208,30 +255,3 @@ class ToolEnv(gym.Env[str, str]):
 
 
 _KWARGS = [name for name in ToolEnv.__init__.__kwdefaults__ or () if name != "render_mode"]
-
-
-def _search_settings(search: Any) -> dict[str, Any]:
-    """The keywords of `Search` that `search=` stands for."""
-    settings = {"backend": search} if isinstance(search, str) else {} if search is None else search
-    if not isinstance(settings, dict):
-        raise ConfigError(f"search must be a back end's name or settings such as {{'k': 3}}, got {search!r}.")
-    for key in set(settings) - set(SEARCH_KEYS):
-        raise UnknownNameError(f"search= has no setting {key!r}.{near(key, SEARCH_KEYS)}")
-    backend = settings.get("backend", "bm25")
-    if backend != "bm25":
-        raise UnknownNameError(f"No search back end is called {backend!r}.{near(backend, ['bm25'])}")
-    return {key: value for key, value in settings.items() if key != "backend"}
-
-
-def _make_named_tool(name: str, searching: dict[str, Any]) -> Tool:
-    if name == "calculator":
-        return calculator
-    if name == "search":
-        return Search(**searching)  # type: ignore[return-value]
-    if ":" in name:
-        found = load_object(name, "tool")
-        made = make_tool(found() if isinstance(found, type) else found)
-        return copy.copy(made) if hasattr(made, "bind") else made  # what is bound to a task belongs to one env
-    raise UnknownNameError(
-        f"No tool is called {name!r}.{near(name, ['calculator', 'search'])} Your own: 'module:attribute'."
-    )

@@ -101,7 +101,9 @@ class Writer(Generic[Record]):
             ) from error
 
     def close(self) -> None:
-        os.close(self._file)
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = -1
 
     def __enter__(self) -> "Writer[Record]":
         return self

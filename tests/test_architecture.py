@@ -17,10 +17,11 @@ PACKAGES = {
 FLOORS = list(PACKAGES)
 ROOMS = [
     {"types", "errors"},
-    {"spaces", "grammar", "answers", "numerals", "io"},
+    {"names", "spaces", "syntax", "grammar", "answers", "numerals", "io", "cache"},
     {"tools", "tasks"},
     {"judges"},
     {"env"},
+    {"wrappers", "vector"},
     {"registration", "testing"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

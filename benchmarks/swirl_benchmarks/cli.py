@@ -47,7 +47,7 @@ def run(
 
 def eval_(
     env: Env, /, *, model: str, path: str | None = None, tasks: int | None = None, samples: int = 1, judge: str = "rules",
-    temperature: float = 0.0, max_new_tokens: int = 64, malformed_limit: int | None = None, seed: int = 0,
+    kwargs: str = "{}", temperature: float = 0.0, max_new_tokens: int = 64, malformed_limit: int | None = None, seed: int = 0,
     json: str | None = None, out: str | None = None,
 ) -> None:  # fmt: skip
     """Evaluate a policy on test tasks.
@@ -60,7 +60,8 @@ def eval_(
         path: official file of tasks; none: the bundled test tasks.
         tasks: how many, drawn by the seed; none: all.
         samples: episodes a task.
-        judge: who scores the steps: rules, or module:attribute.
+        judge: who scores the steps: rules, gold-steps, or module:attribute.
+        kwargs: arguments of the environment as JSON, such as '{"search": {"k": 2}}'.
         temperature: of sampling; 0 is greedy.
         max_new_tokens: token cap of an action.
         malformed_limit: malformed actions that end an episode; none: no limit.
@@ -82,9 +83,11 @@ def eval_(
     if out is not None and Path(out).exists():
         raise ConfigError(f"{out} exists already. Give another --out.")
 
+    fixed = {"judge": None, "reward": "outcome", "malformed_limit": malformed_limit, "split": "test", "path": path}
+    settings = evaluate.read_kwargs(kwargs) | fixed
+
     def make():
-        kwargs = {"judge": None, "reward": "outcome", "malformed_limit": malformed_limit}
-        return evaluate.make(env, split="test", path=path, **kwargs)
+        return evaluate.make(env, **settings)
 
     world, judging = make(), make_judge(judge)
     policy = evaluate.make_policy(model, world, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
@@ -104,8 +107,9 @@ def eval_(
 
 
 def play(
-    env: Env, /, *, path: str | None = None, split: str = "test", task: str | None = None, seed: int | None = None
-) -> None:
+    env: Env, /, *, path: str | None = None, split: str = "test", task: str | None = None, seed: int | None = None,
+    kwargs: str = "{}",
+) -> None:  # fmt: skip
     """Act in an environment from the terminal.
 
     Example: swirl play swirl/GSM8K-v0
@@ -116,6 +120,7 @@ def play(
         split: train or test.
         task: task id; none: a random one.
         seed: of the random task.
+        kwargs: arguments of the environment as JSON.
     """
     if seed is not None and seed < 0:
         raise ConfigError(f"--seed must be 0 or more, got {seed}.")
@@ -123,7 +128,8 @@ def play(
 
     from swirl_benchmarks import evaluate
 
-    play_in(evaluate.make(env, split=split, path=path), seed=seed, task_id=task)
+    settings = evaluate.read_kwargs(kwargs) | {"split": split, "path": path}
+    play_in(evaluate.make(env, **settings), seed=seed, task_id=task)
 
 
 def envs() -> None:

@@ -1,5 +1,6 @@
 """Evaluate a policy on the test tasks of an environment."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,19 @@ def make(env_id: str, **kwargs: Any) -> gym.Env:
         raise ConfigError(
             f"{env_id!r} is not an environment of this toolkit ({error}). Known: {', '.join(ENVS)}."
         ) from error
+
+
+def read_kwargs(text: str) -> dict[str, Any]:
+    """Arguments of an environment, written as JSON. Raises `ConfigError`."""
+    try:
+        kwargs = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(
+            f'--kwargs must be JSON such as \'{{"search": {{"k": 2}}}}\', got {text!r} ({error}).'
+        ) from None
+    if not isinstance(kwargs, dict):
+        raise ConfigError(f'--kwargs must be a JSON object such as \'{{"grammar": "paper"}}\', got {text!r}.')
+    return kwargs
 
 
 def make_policy(name: str, env: gym.Env, *, temperature: float, max_new_tokens: int, seed: int) -> Policy:
@@ -97,8 +111,6 @@ def _nearest(folder: Path) -> Path:
 
 def write_json(path: str | Path, data: Any) -> None:
     """Write JSON whole or not at all."""
-    import json
-
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")

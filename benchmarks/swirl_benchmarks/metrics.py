@@ -101,7 +101,9 @@ def process_score(trajectory: Trajectory) -> float | None:
     return float(np.mean(scores)) if scores else None
 
 
-def summary(trajectories: Sequence[Trajectory], metrics: Callable[[Trajectory], dict[str, float]]) -> dict[str, Any]:
+def summary(
+    trajectories: Sequence[Trajectory], metrics: Callable[[Trajectory], dict[str, float | None]]
+) -> dict[str, Any]:
     """The JSON of an evaluation.
 
     Args:

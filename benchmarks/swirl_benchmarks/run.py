@@ -2,9 +2,8 @@
 
     warm start -> generate -> judge -> filter -> train -> evaluate base, warm start and SWiRL on the same unseen questions
 
-Small models seldom write a legal action, so SFT on a few gold demonstrations comes first (the warm start); stage 1 then
-samples trajectories of other training questions, and stage 2 improves on the kept ones by process reward alone. Every
-stage writes its own file in the run folder and is skipped where that is complete, so a stopped run goes on where it was.
+Small models seldom write a legal action, so SFT on gold demonstrations comes first (the warm start); stage 1 then trajectories of other training questions, and stage 2 improves on the kept ones by process reward alone. Every stage writes
+its own file in the run folder and is skipped where that is complete, so a stopped run goes on where it was.
 """
 
 import json
@@ -40,14 +39,17 @@ class RunConfig:
     model: str = "smollm2-135m"
     """base model: smollm2-135m, a folder, or a hub name"""
     tasks: int = 64
-    """questions for the warm start, other questions for stage 1, and unseen questions for evaluation: this many each
-    (as many as there are, if fewer)"""
-    samples: int = 1
+    """training questions for stage 1, and as many unseen questions for evaluation (as many as there are, if fewer)"""
+    samples: int = 5
     """trajectories a question in stage 1 (the paper: 5)"""
+    demonstrations: int = 64
+    """gold demonstrations for the warm start, of other training questions; 0: no warm start"""
     filter: str = "process"
     """which trajectories to train on: none, process, outcome or both"""
     judge: str = "rules"
     """who scores the steps: rules, or module:attribute"""
+    kwargs: str = "{}"
+    """arguments of the environment as JSON, such as '{"tools": ["search", "mine:population"]}'"""
     path: str | None = None
     """official file of training tasks; none: the bundled ones"""
     test_path: str | None = None
@@ -100,8 +102,8 @@ def run(config: RunConfig, folder: Path, console: Console, command: str = "") ->
             f"{len(train_ids)} training and {len(test_ids)} unseen test tasks: at least 2 and 1 are needed."
         )
     shuffled = evaluate.choose(train_ids, len(train_ids), config.seed)
-    count = min(config.tasks, len(shuffled) // 2)
-    shown, practised = shuffled[:count], shuffled[count : 2 * count]
+    count = min(config.demonstrations, max(len(shuffled) // 2, len(shuffled) - config.tasks))
+    shown, practised = shuffled[:count], shuffled[count : count + config.tasks]
     unseen = evaluate.choose(test_ids, min(config.tasks, len(test_ids)), 0)
     console.print(
         f"{config.env}, {config.model}: {len(shown)} questions for the warm start, {len(practised)} for stage 1, "
@@ -120,12 +122,13 @@ def run(config: RunConfig, folder: Path, console: Console, command: str = "") ->
 
     measure("base")
     if not _complete(folder / "warm_start"):
-        from swirl_agents.scripted import oracle
-        from swirl_algos import sft
+        if shown:
+            from swirl_agents.scripted import oracle
+            from swirl_algos import sft
 
-        gold = stages.generate(train, oracle(train_env), shown, folder / "demonstrations.jsonl", name="demonstrate")
-        with _Log(folder, "sft", "warm start") as log:
-            sft.train(model.model, model.tokenizer, gold, config.sft, seed=config.seed, log=log)
+            gold = stages.generate(train, oracle(train_env), shown, folder / "demonstrations.jsonl", name="demonstrate")
+            with _Log(folder, "sft", "warm start") as log:
+                sft.train(model.model, model.tokenizer, gold, config.sft, seed=config.seed, log=log)
         model.save(folder / "warm_start")
     model.use(folder / "warm_start")
     measure("warm_start")
@@ -197,7 +200,8 @@ def _results(config, env, evaluations, kept, seconds: float) -> dict[str, Any]:
 
 
 def _maker(config: RunConfig, split: str) -> Callable[[], Any]:
-    kwargs: dict[str, Any] = {"split": split, "path": config.path if split == "train" else config.test_path}
+    kwargs = evaluate.read_kwargs(config.kwargs)
+    kwargs |= {"split": split, "path": config.path if split == "train" else config.test_path}
     if config.max_steps is not None:
         kwargs["max_steps"] = config.max_steps
     # judged afterwards: the same verdicts, and a run can be judged again without acting again
@@ -207,7 +211,7 @@ def _maker(config: RunConfig, split: str) -> Callable[[], Any]:
 
 def _check(config: RunConfig) -> None:
     """What could only fail hours later fails now."""
-    least = {"seed": 0, "tasks": 1, "samples": 1, "batch_size": 1, "sft.epochs": 1, "sft.batch_size": 1, "swirl.epochs": 1,
+    least = {"seed": 0, "tasks": 1, "samples": 1, "demonstrations": 0, "batch_size": 1, "sft.epochs": 1, "sft.batch_size": 1, "swirl.epochs": 1,
              "swirl.batch_size": 1, "swirl.samples": 2, "swirl.max_new_tokens": 1}  # fmt: skip
     values = _flat(asdict(config))
     for name, minimum in least.items():

@@ -3,27 +3,13 @@
 import math
 import warnings
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 from swirl_env.errors import ConfigError, UnknownNameError, near
+from swirl_env.names import load_object
 from swirl_env.types import Judge, StepView, Trajectory, Verdict
 
 BY_NAME = {"rules": "swirl_env.judges.rules:RulesJudge"}
-
-
-def load_object(name: str, what: str) -> Any:
-    """The object behind `module:attribute`. Raises `ConfigError` that says which half was not found."""
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(import_module(module), attribute)
-    except ImportError as error:
-        raise ConfigError(f"{what} {name!r}: cannot import {module!r} ({error}). Is it on PYTHONPATH?") from error
-    except AttributeError:
-        public = [known for known in dir(import_module(module)) if not known.startswith("_")]
-        raise UnknownNameError(
-            f"{what} {name!r}: the module {module} has no {attribute!r}.{near(attribute, public)}"
-        ) from None
 
 
 def make_judge(name: str) -> Judge:
@@ -51,7 +37,9 @@ def ask(judge: Judge, batch: list[StepView]) -> list[Verdict]:
         ]  # fmt: skip
     if not batch:
         return []
-    allowed = batch if getattr(judge, "uses_gold", False) else [replace(v, task=None, results=None) for v in batch]
+    allowed = batch
+    if not getattr(judge, "uses_gold", False):
+        allowed = [StepView(view.question, view.steps, view.action, view.steps_left) for view in batch]
     try:
         verdicts = judge(allowed)
         if len(verdicts) != len(batch):

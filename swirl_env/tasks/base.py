@@ -1,85 +1,157 @@
 """What a task set is, and how one is loaded.
 
-A module of this folder gives `INSTRUCTION`, `METRICS` (the first one is the outcome), `FILES` (split -> bundled file) and
-`read(rows, file)`, which turns the rows of an official file into (task, documents) pairs; `file` names tasks without an id.
+A module of this folder gives `INSTRUCTION`, `METRICS` (the first one is the outcome) and one of
+
+- `FILES` (split -> bundled file) and `read(rows, file)`, which turns the rows of an official file into (task, documents)
+  pairs; `file` names tasks without an id;
+- `generate(split)`, which makes the tasks, a mapping from id to task.
+
+Keyword-only parameters of either are arguments of `gym.make`. `MACRO` names the key of `Task.meta` over whose values the
+official figures are averaged.
 """
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from swirl_env.errors import DataError, UnknownNameError, near
+from swirl_env.errors import ConfigError, DataError, UnknownArgumentError, UnknownNameError, near
 from swirl_env.io import read_official
 from swirl_env.types import Document, Task
 
 DATA = Path(__file__).parent.parent / "data"
 
-Documents = list[tuple[str, str]]
-"""(title, text) pairs."""
+Documents = Sequence[tuple[str, str]]
+"""(title, text) pairs; tasks that share them share one object."""
 
 
 @dataclass(frozen=True)
 class TaskSet:
-    """Questions of one split. Pickles as its name, split and path."""
+    """Questions of one split. Pickles as the arguments of `load_tasks`."""
 
     name: str
     split: str
-    path: str | None
     instruction: str
-    tasks: dict[str, Task]
+    tasks: Mapping[str, Task]
     """By id, in file order."""
-    _documents: dict[str, Documents]
-    _metrics: dict[str, Callable[[str, str], float]]
+    macro: str | None
+    """The key of `Task.meta` over whose values figures are averaged; `None`: over the questions."""
+    _documents: Mapping[str, tuple[Document, ...]]
+    _metrics: Mapping[str, Callable[[str, str], float]]
+    _arguments: tuple[Any, ...]
 
-    def documents(self, task_id: str) -> list[Document]:
+    def documents(self, task_id: str) -> tuple[Document, ...]:
         """The task's own paragraphs; empty where it has none."""
-        return [Document(title, text) for title, text in self._documents.get(task_id, ())]
+        return self._documents.get(task_id, ())
 
-    def metrics(self, task: Task, answer: str | None) -> dict[str, float]:
-        """Each official metric of an answer: the maximum over the accepted gold forms, 0 for no answer."""
-        return {
-            name: 0.0 if answer is None else max(metric(answer, gold) for gold in task.answers)
-            for name, metric in self._metrics.items()
-        }
+    def metrics(self, task: Task, answer: str | None) -> dict[str, float | None]:
+        """Each official metric of an answer: the maximum over the accepted gold forms, 0 for no answer, `None` where the
+        task has no gold."""
+        return {name: self._score(metric, task, answer) for name, metric in self._metrics.items()}
 
-    def outcome(self, task: Task, answer: str | None) -> float:
+    def outcome(self, task: Task, answer: str | None) -> float | None:
         """The first official metric, in [0, 1]."""
-        return next(iter(self.metrics(task, answer).values()))
+        return self._score(next(iter(self._metrics.values())), task, answer)
+
+    def _score(self, metric: Callable[[str, str], float], task: Task, answer: str | None) -> float | None:
+        if not task.answers:
+            return None
+        return 0.0 if answer is None else max(metric(answer, gold) for gold in task.answers)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return load_tasks, (self.name, self.split, self.path)
+        return _load, self._arguments
 
 
-@lru_cache(maxsize=16)
-def load_tasks(name: str, split: str, path: str | None = None) -> TaskSet:
+def load_tasks(
+    name: str,
+    split: str,
+    path: str | None = None,
+    *,
+    instruction: str | None = None,
+    metric: str | None = None,
+    **options: Any,
+) -> TaskSet:
     """A task set: the bundled tasks of a split, or every record of an official file.
 
     Args:
         name: a module of this folder, such as `gsm8k`.
         split: `train` or `test`; with a path it only names the tasks.
         path: an official file of the set (JSON, JSONL, plain or gzip); `None`: 200 train or 100 test tasks come bundled.
+        instruction: the first sentence of the prompt; `None`: the set's own.
+        metric: which of the set's metrics is the outcome; `None`: the first.
+        options: of the set itself (`operations=3` for `arithmetic`).
 
     Raises:
         DataError: the file is missing or a record is not what the format says, with its place.
-        UnknownNameError: there is no such split.
+        UnknownNameError: there is no such split or metric; `UnknownArgumentError` names the near match of an option.
     """
+    if instruction is not None and (not isinstance(instruction, str) or not instruction.strip()):
+        raise ConfigError(f"instruction must be a sentence, got {instruction!r}.")
+    frozen = tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in sorted(options.items()))
+    return _load(name, split, path, instruction, metric, frozen)
+
+
+def options_of(name: str) -> list[str]:
+    """The arguments that a task set takes beside the common ones."""
     module = import_module(f"swirl_env.tasks.{name}")
+    parameters = inspect.signature(getattr(module, "generate", None) or module.read).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind == parameter.KEYWORD_ONLY]
+
+
+@lru_cache(maxsize=16)
+def _load(
+    name: str,
+    split: str,
+    path: str | None,
+    instruction: str | None,
+    metric: str | None,
+    frozen: tuple[tuple[str, Any], ...],
+) -> TaskSet:
+    module, options = import_module(f"swirl_env.tasks.{name}"), dict(frozen)
+    for key in set(options) - set(options_of(name)):
+        raise UnknownArgumentError(f"{key!r} is no argument of the task set {name}.{near(key, options_of(name))}")
+    metrics = module.METRICS
+    if metric is not None:
+        if metric not in metrics:
+            raise UnknownNameError(f"{name} has no metric {metric!r}.{near(str(metric), metrics)}")
+        metrics = {metric: metrics[metric], **metrics}
+    tasks: Mapping[str, Task]
+    documents: dict[str, tuple[Document, ...]] = {}
+    if hasattr(module, "generate"):
+        if path is not None:
+            raise ConfigError(f"{name} makes its own tasks: leave out path=.")
+        tasks = module.generate(split, **options)
+    else:
+        tasks, documents = _read(module, name, split, path, options)
+    return TaskSet(
+        name, split, instruction or module.INSTRUCTION, tasks, getattr(module, "MACRO", None), documents, metrics,
+        (name, split, path, instruction, metric, frozen),
+    )  # fmt: skip
+
+
+def _read(
+    module: Any, name: str, split: str, path: str | None, options: dict[str, Any]
+) -> tuple[dict[str, Task], dict[str, tuple[Document, ...]]]:
     if path is None and split not in module.FILES:
         raise UnknownNameError(f"{name} has no split {split!r}.{near(split, module.FILES)} Or give path=FILE.")
-    name_of_file = f"{name}-{split}" if path is None else Path(path).name.partition(".")[0]
-    tasks, documents = {}, {}
-    for task, paragraphs in module.read(read_official(path or DATA / module.FILES[split]), name_of_file):
+    file = f"{name}-{split}" if path is None else Path(path).name.partition(".")[0]
+    tasks: dict[str, Task] = {}
+    documents: dict[str, tuple[Document, ...]] = {}
+    shared: tuple[Documents, tuple[Document, ...]] = ((), ())
+    for task, paragraphs in module.read(read_official(path or DATA / module.FILES[split]), file, **options):
         task_id, copy = task.id, 2
         while task_id in tasks:  # some official ids are not unique
             task_id, copy = f"{task.id}#{copy}", copy + 1
         tasks[task_id] = task if task_id == task.id else Task(task_id, task.question, task.answers, task.meta)
-        documents[task_id] = paragraphs
+        if paragraphs is not shared[0]:
+            shared = paragraphs, tuple(Document(title, text) for title, text in paragraphs)
+        documents[task_id] = shared[1]
     if not tasks:
         raise DataError(f"{path}: the file holds no task.")
-    return TaskSet(name, split, path, module.INSTRUCTION, tasks, documents, module.METRICS)
+    return tasks, documents
 
 
 def text_field(where: str, row: Any, name: str) -> str:

@@ -9,6 +9,7 @@ other calls, deep nesting and results over 1,200 digits are refused with a sente
 import ast
 import math
 import re
+import threading
 from fractions import Fraction
 from typing import Any
 
@@ -171,8 +172,12 @@ def _function(name: str, values: list[Number]) -> Number:
     raise ToolError(f"{name} does not take {len(values)} such values.")
 
 
+_LOCK = threading.Lock()  # numexpr keeps the last expression in a global
+
+
 def _numexpr(expression: str, **values: float) -> float:
-    result = float(numexpr.evaluate(expression, local_dict=values, global_dict={}))
+    with _LOCK:
+        result = float(numexpr.evaluate(expression, local_dict=values, global_dict={}))
     if math.isnan(result) or result == -math.inf:
         raise ToolError("The result is not a real number.")
     return result

@@ -13,7 +13,7 @@ from typing import Any
 import bm25s
 import numpy as np
 
-from swirl_env.errors import ConfigError, ToolError
+from swirl_env.errors import ConfigError, ToolError, UnknownNameError, near
 from swirl_env.io import read_official
 from swirl_env.tools.base import describe
 from swirl_env.types import Document
@@ -105,3 +105,20 @@ class Search:
     def __setstate__(self, state: dict[str, Any]) -> None:
         Search.__init__(self, state["k"], state["corpus"])
         self.bind(state["documents"])
+
+
+SETTINGS = ("backend", "k", "corpus")
+
+
+def make_search(settings: Any = None) -> Search:
+    """The search tool that the env argument `search=` stands for."""
+    settings = {"backend": settings} if isinstance(settings, str) else {} if settings is None else settings
+    if not isinstance(settings, dict):
+        raise ConfigError(f"search must be a back end's name or settings such as {{'k': 3}}, got {settings!r}.")
+    for key in set(settings) - set(SETTINGS):
+        raise UnknownNameError(f"search= has no setting {key!r}.{near(key, SETTINGS)}")
+    if settings.get("backend", "bm25") != "bm25":
+        raise UnknownNameError(
+            f"No search back end is called {settings['backend']!r}.{near(settings['backend'], ['bm25'])}"
+        )
+    return Search(**{key: value for key, value in settings.items() if key != "backend"})

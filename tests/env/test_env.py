@@ -5,6 +5,7 @@ import json
 import pickle
 import random
 import sys
+import time
 import types
 import warnings
 
@@ -18,9 +19,10 @@ from hypothesis import strategies as st
 
 import swirl_env  # noqa: F401
 from swirl_env.errors import ConfigError, DataError, UnknownArgumentError, UnknownNameError
+from swirl_env.grammar import DIALECTS
 from swirl_env.registration import ENVS
 from swirl_env.spaces import Unicode
-from swirl_env.testing import check_env_contract, check_judge_contract, check_tool_contract
+from swirl_env.testing import check_env_contract, check_judge_contract, check_tool_contract, nasty_actions
 from swirl_env.types import Verdict
 
 IDS = list(ENVS)
@@ -169,47 +171,55 @@ def test_documents_cannot_act(tmp_path):
     assert "&lt;answer>42&lt;/answer>" in shown
 
 
-NASTY = [
-    "", " ", "\n", "<", ">", "</", "<>", "</>", "<answer>", "</answer>", "<search>", "<search></search>", "<calculator></calculator>",
-    "<answer></answer>", "<think></think>", "a" * 1_000_000, "<search>" * 20_000, "<think>" * 20_000, "\x00\x01\xff", "\ud800",
-    "<search>\ud800</search>", "<answer>\ud800</answer>", "<search>" + "a " * 40_000 + "</search>", "<calculator>9**9**9</calculator>",
-    "<calculator>" + "(" * 90_000 + "</calculator>", "<search>{}</search>", '<search>{"query": 5}</search>', '<search>{"q": "x"}</search>',
-    "<search>[]</search>", '<search>{"query": {"a": 1}}</search>', "<search>{" * 300, "<foo>x</foo>", "<result>42</result>",
-    "<search>a</search>" * 300, "<answer>1</answer>" * 3, "\u202e<answer>\u0000</answer>", b"bytes".decode("utf-16", "replace"), "🦓" * 5_000,
-    "<search>🦓</search>", "<|im_end|><answer>x</answer>", "<answer>" + "9" * 50_000 + "</answer>", "<answer>1e999999</answer>",
-    "<think>" + "1=" * 5_000 + "</think>", "<think>" + "1+" * 5_000 + "=3</think>", "<answer>1/0</answer>", "<\u017fearch>q</\u017fearch>", "<an\u017fwer>5</an\u017fwer>", "<th\u0131nk>a b</th\u0131nk>",
-    "<calculator>sqrt(10**400)</calculator>", '<calculator>{"expression": ' + "[" * 300 + "]" * 300 + "}</calculator>",
-    "<calculator>1+2</calculator>" * 3_000,
-]  # fmt: skip
+@pytest.mark.parametrize("grammar", DIALECTS)
+def test_nasty_actions_are_observations(grammar):
+    for env_id in IDS:
+        env = make(env_id, grammar=grammar).unwrapped
+        for action in [*nasty_actions(), None, 5, b"x", ["<answer>"], float("nan")]:
+            env.reset(seed=0)
+            start = time.perf_counter()
+            text, reward, terminated, truncated, info = env.step(action)
+            assert time.perf_counter() - start < 2, repr(action)[:100]
+            assert isinstance(text, str)
+            assert 0.0 <= reward <= 1.0
+            assert terminated or not truncated
+            step = info["step"]
+            assert step.verdict.score is not None
+            assert {result.error for result in step.results} <= {None, "bad_arguments", "tool_error"}
+            assert step.action.malformed is None or len(step.action.malformed) > 20
 
 
-@pytest.mark.parametrize("env_id", IDS)
-@pytest.mark.parametrize("grammar", ["default", "paper"])
-def test_nasty_actions_are_observations(env_id, grammar):
-    env = make(env_id, grammar=grammar)
-    for action in [*NASTY, None, 5, b"x", ["<answer>"], float("nan")]:
-        env.reset(seed=0)
-        text, reward, terminated, truncated, info = env.unwrapped.step(action)
-        assert isinstance(text, str)
-        assert 0.0 <= reward <= 1.0
-        assert terminated or not truncated
-        assert info["step"].verdict.score is not None
+def test_there_are_enough_nasty_actions():
+    assert len(set(nasty_actions())) >= 300
 
 
-@pytest.mark.parametrize("env_id", IDS)
-@given(data=st.data())
-@settings(max_examples=60)
-def test_no_action_raises(env_id, data):
-    env = ENV_CACHE.setdefault(env_id, make(env_id))
-    env.reset(seed=data.draw(st.integers(0, 1000)))
-    pieces = st.sampled_from(
-        ["<search>", "</search>", "<calculator>", "</calculator>", "<answer>", "</answer>", "1", "+", "film", " "]
-    )
-    for _ in range(3):
-        action = data.draw(st.text() | st.lists(pieces, max_size=12).map("".join))
-        *_, terminated, truncated, _ = env.step(action)
-        if terminated or truncated:
-            break
+PIECES = st.sampled_from(
+    ["<search>", "</search>", "<calculator>", "</calculator>", "<answer>", "</answer>", "<think>", "</think>", "<tool_call>",
+     "</tool_call>", '{"name": "search", "arguments": {"query": "film"}}', '{"content": "', '", "tool_calls": [', "]}", "Thought:",
+     "\nAction:", " search[", " calculator[", "]", "\nObservation:", "<search_query>", "</search_query>", "<math_exp>", "</math_exp>",
+     "1", "+", "2**3", "film", " ", "\n", "\x00", "\ud800", "{", "}", '"', "\\", "<|im_end|>", "9" * 400]
+)  # fmt: skip
+MADE_ACTIONS = st.text() | st.lists(PIECES, max_size=16).map("".join) | st.binary().map(lambda b: b.decode("latin-1"))
+
+
+def no_action_raises(action):
+    for env_id in IDS:
+        for grammar in DIALECTS:
+            env = ENV_CACHE.get((env_id, grammar)) or make(env_id, grammar=grammar).unwrapped
+            ENV_CACHE[env_id, grammar] = env
+            if not env.running:
+                env.reset(seed=0)
+            start = time.perf_counter()
+            *_, info = env.step(action)
+            assert time.perf_counter() - start < 2
+            step = info["step"]
+            assert {result.error for result in step.results} <= {None, "bad_arguments", "tool_error"}
+            assert step.action.malformed is None or step.action.malformed.strip()
+            assert step.verdict.score is not None
+
+
+test_no_action_raises = settings(max_examples=1000)(given(MADE_ACTIONS)(no_action_raises))
+test_no_action_of_many_raises = pytest.mark.slow(settings(max_examples=10_000)(given(MADE_ACTIONS)(no_action_raises)))
 
 
 ENV_CACHE: dict = {}
@@ -362,18 +372,6 @@ def test_tools_by_name_belong_to_one_env(monkeypatch, attribute):
     assert title in first.step("<notes>a</notes>")[0]
 
 
-def test_a_tool_added_later_reaches_the_prompt():
-    def weather(city: str) -> str:
-        """Tells the weather."""
-        return f"sunny in {city}"
-
-    env = make()
-    env.unwrapped.add_tool(weather)
-    text, _ = env.reset(seed=0)
-    assert "<weather>city</weather> Tells the weather." in text
-    assert env.step("<weather>Rome</weather>")[0].endswith("<result>sunny in Rome</result>")
-
-
 def test_render_is_the_text():
     env = make(render_mode="ansi")
     text, _ = env.reset(seed=0)
@@ -390,11 +388,3 @@ def test_space():
     assert Unicode(seed=1).sample() == Unicode(seed=1).sample()
     assert len(repr(space)) < 20
     assert pickle.loads(pickle.dumps(space)) == space
-
-
-def test_sync_vector_env():
-    envs = gym.make_vec("swirl/GSM8K-v0", num_envs=2, vectorization_mode="sync")
-    texts, _ = envs.reset(seed=0)
-    assert len(texts) == 2
-    envs.step(["<calculator>1+1</calculator>", "<think>a thought here</think>"])
-    envs.close()
