@@ -17,7 +17,7 @@ PACKAGES = {
 FLOORS = list(PACKAGES)
 ROOMS = [
     {"types", "errors"},
-    {"spaces", "grammar", "answers", "numerals", "io"},
+    {"spaces", "grammar", "answers", "numerals", "io", "cache"},
     {"tools", "tasks"},
     {"judges"},
     {"env"},
