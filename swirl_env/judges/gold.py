@@ -31,6 +31,9 @@ from swirl_env.types import Step, StepView, Task, ToolCall, ToolResult, Verdict
 NAME = "gold-steps@1"
 
 _VALUE = re.compile(r"<<[^<>]*=\s*\$?(-?[\d,]*\.?\d+)%?\s*>>")
+Shown = tuple[ToolCall, ToolResult]
+"""A call that worked, and what it returned."""
+
 _LITERAL = re.compile(r"\d+\.?\d*|\.\d+")
 
 
@@ -91,12 +94,8 @@ def _gains(task: Task, earlier: Iterable[Step], step: Step) -> list[str]:
     return gains
 
 
-def _shown(step: Step) -> list[tuple[ToolCall, ToolResult]]:
-    """Calls that worked, each with its result."""
+def _shown(step: Step) -> list[Shown]:
     return [pair for pair in zip(step.action.calls, step.results, strict=True) if pair[1].error is None]
-
-
-Shown = tuple[ToolCall, ToolResult]
 
 
 def _paragraph_gain(task: Task, seen: list[Shown], new: Shown) -> str | None:
