@@ -1,6 +1,12 @@
 """The official metrics as pure functions.
 
-HotPotQA (and CofCA): `hotpot_evaluate_v1.py`. GSM8K: numeric equality of the one number an answer holds.
+HotPotQA and CofCA: `hotpot_evaluate_v1.py`. BeerQA: `utils/eval_beerqa.py`, which keeps HotPotQA's rule for yes and no.
+MuSiQue: `metrics/answer.py`, SQuAD's F1 without that rule. GSM8K: numeric equality of the one number an answer holds.
+All take the maximum over the accepted gold forms (`TaskSet.metrics`).
+
+Departure: in the scripts of HotPotQA, BeerQA and MuSiQue a gold that normalises to nothing ("The The") equals every answer
+that does too, an empty one included; here it must match as written, so that no metric can be had for nothing.
+Kept, because official: text metrics drop punctuation, so `72.` equals `72` but `72.0` reads as `720`.
 """
 
 import re
@@ -23,14 +29,8 @@ def exact_match(prediction: str, gold: str) -> float:
     return float(left == right if right else prediction.strip() == gold.strip())
 
 
-def precision_recall_f1(prediction: str, gold: str) -> tuple[float, float, float]:
-    """Token precision, recall and F1 over normalised text (HotPotQA `f1_score`).
-
-    Where either side is `yes`, `no` or `noanswer`, anything but equality scores zero.
-    """
-    left, right = normalize(prediction), normalize(gold)
-    if left != right and {left, right} & {"yes", "no", "noanswer"}:
-        return 0.0, 0.0, 0.0
+def _overlap(left: str, right: str) -> tuple[float, float, float]:
+    """Precision, recall and F1 of the words of two normalised texts; zeros where none is common."""
     left_tokens, right_tokens = left.split(), right.split()
     common = sum((Counter(left_tokens) & Counter(right_tokens)).values())
     if not common:
@@ -39,15 +39,30 @@ def precision_recall_f1(prediction: str, gold: str) -> tuple[float, float, float
     return precision, recall, 2 * precision * recall / (precision + recall)
 
 
+def precision_recall_f1(prediction: str, gold: str) -> tuple[float, float, float]:
+    """Token precision, recall and F1 over normalised text (HotPotQA `f1_score`).
+
+    Where either side is `yes`, `no` or `noanswer`, anything but equality scores zero.
+    """
+    left, right = normalize(prediction), normalize(gold)
+    if left != right and {left, right} & {"yes", "no", "noanswer"}:
+        return 0.0, 0.0, 0.0
+    return _overlap(left, right)
+
+
 def f1(prediction: str, gold: str) -> float:
     """Token F1 of `precision_recall_f1`."""
     return precision_recall_f1(prediction, gold)[2]
 
 
+def token_f1(prediction: str, gold: str) -> float:
+    """Token F1 as in SQuAD and MuSiQue: no rule for yes and no; where either side has no token, exact match."""
+    left, right = normalize(prediction), normalize(gold)
+    return _overlap(left, right)[2] if left and right else exact_match(prediction, gold)
+
+
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
-_NUMBER = re.compile(
-    rf"(?<![\w.])(-?)\s?[$€£]?\s?(-?)((?:{_DIGITS})(?:e[+-]?\d{{1,3}}\b)?)(?:\s?/\s?((?:{_DIGITS})))?", re.I
-)
+_NUMBER = re.compile(rf"(?<![\w.])(-?)\s?[$€£]?\s?(-?)((?:{_DIGITS})(?:e[+-]?\d+\b)?)(?:\s?/\s?((?:{_DIGITS})))?", re.I)
 
 
 def parse_number(text: str) -> Fraction | None:
@@ -57,9 +72,11 @@ def parse_number(text: str) -> Fraction | None:
     """
     text = text.replace("\u2212", "-").rsplit("=", 1)[-1]
     found = list(_NUMBER.finditer(text))
-    if len(found) != 1 or len(found[0][3]) > 400:
+    if len(found) != 1:
         return None
     minus, minus_too, digits, below = found[0].groups()
+    if any(len(part or "") > 400 or len((part or "").lower().partition("e")[2]) > 4 for part in (digits, below)):
+        return None  # no gold is that long, and writing it out would take for ever
     value = Fraction(digits.replace(",", "").rstrip("."))
     if below is not None:
         divisor = Fraction(below.replace(",", "").rstrip("."))

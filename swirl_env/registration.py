@@ -7,6 +7,9 @@ import gymnasium as gym
 ENVS = {
     "swirl/GSM8K-v0": {"tasks": "gsm8k", "tools": ["calculator"], "max_steps": 10},
     "swirl/HotPotQA-v0": {"tasks": "hotpotqa", "tools": ["search"], "max_steps": 5},
+    "swirl/MuSiQue-v0": {"tasks": "musique", "tools": ["search"], "max_steps": 5},
+    "swirl/BeerQA-v0": {"tasks": "beerqa", "tools": ["search"], "max_steps": 5},
+    "swirl/CofCA-v0": {"tasks": "cofca", "tools": ["search"], "max_steps": 5, "split": "test"},
     "swirl/Arithmetic-v0": {"tasks": "arithmetic", "tools": ["calculator"], "max_steps": 10},
     "swirl/Tasks-v0": {"tasks": "own", "tools": ["search", "calculator"], "max_steps": 10},
 }

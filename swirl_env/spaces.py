@@ -89,12 +89,6 @@ def _write(space: Unicode, index: int, value: Any, shared_memory: Any) -> None:
     shared_memory.write(index, value)
 
 
-@flatten_space.register(Unicode)  # type: ignore[misc]  # declared for spaces of arrays
-def _flatten_space(space: Unicode) -> Unicode:
-    return space
-
-
-@flatten.register(Unicode)
-@unflatten.register(Unicode)
-def _same(space: Unicode, x: str) -> str:
-    return x
+flatten_space.register(Unicode, lambda space: space)
+flatten.register(Unicode, lambda space, x: x)
+unflatten.register(Unicode, lambda space, x: x)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,12 +18,13 @@ from swirl_env import numerals
 from swirl_env.answers import numeric_equal, parse_number
 from swirl_env.env import ToolEnv
 from swirl_env.errors import ConfigError, ToolError, UnknownNameError, near
-from swirl_env.grammar import Grammar, escape
+from swirl_env.grammar import Grammar
 from swirl_env.io import read
 from swirl_env.judges.rules import content
+from swirl_env.tasks.paragraphs import shows, supporting
 from swirl_env.tools.calculator import evaluate, show, tidy
 from swirl_env.tools.search import Search, words
-from swirl_env.types import Action, Completion, Task, ToolCall, Trajectory, Transcript
+from swirl_env.types import Action, Completion, Document, Task, ToolCall, Trajectory, Transcript
 
 
 class Scripted:
@@ -81,17 +83,18 @@ def random_policy(env: ToolEnv) -> Scripted:
 
 def oracle(env: ToolEnv) -> Scripted:
     """The gold demonstration of each task of `env`: calculations of the worked solution, or searches for the supporting
-    facts, then the gold answer.
+    paragraphs, then the gold answer.
 
     Raises:
-        ConfigError: the task set has neither worked solutions nor supporting facts.
+        ConfigError: the task set has no gold answers, or neither worked solutions nor supporting paragraphs.
     """
     grammar, task_set = env.grammar, env.task_set
+    planners = {"solution": _solve, "supporting": _look_up}
     first = next(iter(task_set.tasks.values()))
-    planners = {"solution": _solve, "supporting_facts": _look_up}
-    planner = next((planners[key] for key in planners if key in first.meta), None)
-    if planner is None:
-        raise ConfigError(f"oracle: tasks of {task_set.name} have no gold steps (meta holds {', '.join(first.meta)}).")
+    if not any(task.answers and set(planners) & set(task.meta) for task in task_set.tasks.values()):
+        raise ConfigError(
+            f"oracle: tasks of {task_set.name} have no gold answer or gold steps (meta: {', '.join(first.meta)})."
+        )
     prompts = {
         grammar.prompt(task_set.instruction, task.question, env.max_steps): task for task in task_set.tasks.values()
     }
@@ -100,7 +103,11 @@ def oracle(env: ToolEnv) -> Scripted:
         prompt = transcript.messages[0].content
         if prompt not in prompts:
             raise UnknownNameError("oracle: this transcript is of no task of its environment.")
-        return grammar.render(planner(env, prompts[prompt], transcript))
+        task = prompts[prompt]
+        if not task.answers:
+            raise ConfigError(f"oracle: the task {task.id} has no gold answer.")
+        planner = next((planners[key] for key in planners if key in task.meta), _answer)
+        return grammar.render(planner(env, task, transcript))
 
     return Scripted("oracle", act)
 
@@ -116,6 +123,10 @@ def make_scripted(name: str, env: ToolEnv) -> Scripted:
 
 
 SCRIPTED = ("oracle", "random", "replay")
+
+
+def _answer(env: ToolEnv, task: Task, transcript: Transcript) -> Action:
+    return Action("", answer=task.answers[0])
 
 
 # -- GSM8K: the worked solution's calculations
@@ -213,56 +224,69 @@ def bridge(goal: float, left, right=None) -> str | None:
     return None
 
 
-# -- HotpotQA: the paragraphs of the supporting facts
+# -- questions over paragraphs: the supporting ones
 
 
 def _look_up(env: ToolEnv, task: Task, transcript: Transcript) -> Action:
-    said = [message.content for message in transcript.messages[1:]]
     taken = sum(message.role == "assistant" for message in transcript.messages)
-    titles = list(dict.fromkeys(title for title, _ in task.meta["supporting_facts"]))
-    search = env.tools.get("search")
+    search: Any = env.tools.get("search")
+    search = getattr(search, "tool", search)  # below a budget
     if isinstance(search, Search) and env.max_steps - taken > 1:
-        finder = Search(search.k, search.corpus)
-        finder.bind(env.task_set.documents(task.id))
-        queries = [call.arguments.get("query", "") for call in _calls(env.grammar, transcript)]
-        evidence = "\n".join(said[1::2])
-        texts = {document.title: document.text for document in finder.documents}
-        missing = [title for title in titles if escape(f"{title}\n{texts.get(title, '')[:200]}") not in evidence]
-        if missing and (query := _best_query(task, finder, missing, queries, evidence)):
+        finder = _finder(search.k, search.corpus, tuple(env.task_set.documents(task.id)))
+        queries = [str(call.arguments.get("query", "")) for call in _calls(env.grammar, transcript)]
+        results = [text for query in queries if (text := _found(finder, query))]
+        missing = [
+            paragraph for paragraph in supporting(task.meta) if not any(shows(text, paragraph) for text in results)
+        ]
+        if missing and (query := _best_query(task, finder, missing, queries, "\n".join(results))):
             return _call("search", "query", query)
     return Action("", answer=task.answers[0])
+
+
+@lru_cache(maxsize=64)
+def _finder(k: int, corpus: str | None, documents: tuple[Document, ...]) -> Search:
+    finder = Search(k, corpus)
+    finder.bind(documents)
+    return finder
+
+
+def _found(finder: Search, query: str) -> str:
+    """What a search shows; empty where it finds nothing."""
+    try:
+        return finder(query=query)
+    except ToolError:
+        return ""
 
 
 def _calls(grammar: Grammar, transcript: Transcript) -> list[ToolCall]:
     return [call for m in transcript.messages if m.role == "assistant" for call in grammar.parse(m.content).calls]
 
 
-def _best_query(task: Task, finder: Search, missing: list[str], queries: list[str], evidence: str) -> str | None:
+def _best_query(
+    task: Task, finder: Search, missing: list[tuple[str, str | None]], queries: list[str], evidence: str
+) -> str | None:
     """A query that finds a missing paragraph: in words already shown if there is one, else by its title."""
     known = content(task.question) | content(evidence)
-    texts = {document.title: f"{document.title} {document.text}" for document in finder.documents}
     options = []
-    for title in missing:
-        paragraph = [
-            word for word in dict.fromkeys(words(texts.get(title, ""))) if word in content(texts.get(title, ""))
-        ]
-        shared = [word for word in dict.fromkeys(words(task.question)) if word in paragraph]
+    for paragraph in missing:
+        title = paragraph[0]
+        found = (f"{d.title}\n{d.text}" for d in finder.documents if d.title == title)
+        text = next((text for text in found if shows(text, paragraph)), "")
+        rest = [word for word in dict.fromkeys(words(text)) if word in content(text)]
+        shared = [word for word in dict.fromkeys(words(task.question)) if word in rest]
         linked = [word for word in dict.fromkeys(words(title)) if word in known]
         options += [title, " ".join(linked), " ".join(dict.fromkeys([*linked, *shared])), " ".join(shared)]
         # where other paragraphs rank higher: the title with more and more words of its paragraph, known ones first
-        more = sorted((word for word in paragraph if word not in content(title)), key=lambda word: word not in known)
-        options += [" ".join([title, *more[:count]]) for count in (1, 2, 3, 4, 6)]
+        more = sorted((word for word in rest if word not in content(title)), key=lambda word: word not in known)
+        options += [" ".join([title, *more[:count]]) for count in (1, 2, 3, 4, 6, 8, 12)]
     options.append(task.question)
 
     def new(query: str) -> bool:
         return bool(content(query)) and not any(content(query) <= content(other) for other in queries)
 
     def finds(query: str) -> bool:
-        try:
-            return bool(set(finder(query=query).split("\n")) & set(missing))
-        except ToolError:
-            return False
+        return any(shows(_found(finder, query), paragraph) for paragraph in missing)
 
-    useful = [query for query in options if new(query) and finds(query)]
+    useful = [query for query in dict.fromkeys(options) if new(query) and finds(query)]
     tied = [query for query in useful if len(content(query) & known) >= len(content(query)) / 2]
     return next(iter(tied + useful), None)

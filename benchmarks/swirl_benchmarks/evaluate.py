@@ -80,7 +80,8 @@ def report(env: gym.Env, model: str, trajectories: list[Trajectory]) -> dict[str
     """The JSON of an evaluation."""
     base = env.unwrapped
     assert isinstance(base, ToolEnv) and env.spec is not None
-    figures = summary(trajectories, lambda t: base.task_set.metrics(t.task, t.answer))
+    task_set = base.task_set
+    figures = summary(trajectories, lambda t: task_set.metrics(t.task, t.answer), task_set.macro)
     return {"env": env.spec.id, "model": model, **figures}
 
 

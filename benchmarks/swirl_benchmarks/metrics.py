@@ -75,9 +75,14 @@ def share(counts_N: Sequence[float], totals_N: Sequence[float]) -> Estimate:
     return bootstrap(counts_N, totals_N)
 
 
-def _mean(values_N: list[float]) -> Estimate:
+def _mean(values_N: list[float], strata_N: Sequence[Any] | None = None) -> Estimate:
+    """The mean over units; with strata the mean of their means (macro average), each unit weighing 1 / its stratum's size."""
     if not values_N:
         return Estimate(None, None, None)
+    if strata_N is not None and len(set(strata_N)) > 1:
+        sizes = Counter(strata_N)
+        weights = [1 / sizes[stratum] for stratum in strata_N]
+        return bootstrap([value * weight for value, weight in zip(values_N, weights, strict=True)], weights)
     if set(values_N) <= {0.0, 1.0}:
         return wilson(sum(values_N), len(values_N))
     return bootstrap(values_N)
@@ -102,13 +107,16 @@ def process_score(trajectory: Trajectory) -> float | None:
 
 
 def summary(
-    trajectories: Sequence[Trajectory], metrics: Callable[[Trajectory], dict[str, float | None]]
+    trajectories: Sequence[Trajectory],
+    metrics: Callable[[Trajectory], dict[str, float | None]],
+    macro: str | None = None,
 ) -> dict[str, Any]:
     """The JSON of an evaluation.
 
     Args:
         trajectories: judged trajectories, one or more a question.
         metrics: the official metrics of a trajectory.
+        macro: key of `Task.meta` over whose values outcome and metrics are averaged; `None`: over the questions.
 
     Returns:
         `n` (questions), `trajectories`; as {mean, low, high}: `outcome`, `process` (mean score within a trajectory, then across), `malformed` (share
@@ -129,8 +137,13 @@ def summary(
     def mean(value: Value) -> Estimate:
         return _mean(list(_by_question(trajectories, value).values()))
 
+    def official(value: Value) -> Estimate:
+        known = _by_question(trajectories, value)
+        strata = None if macro is None else [questions[task_id][0].task.meta.get(macro) for task_id in known]
+        return _mean(list(known.values()), strata)
+
     estimates = {
-        "outcome": mean(lambda t: t.outcome),
+        "outcome": official(lambda t: t.outcome),
         "process": mean(process_score),
         "malformed": share(malformed, actions),
         "tool_errors": share(errors, calls),
@@ -146,7 +159,7 @@ def summary(
         "n": len(questions),
         "trajectories": len(trajectories),
         **{name: asdict(estimate) for name, estimate in estimates.items()},
-        "metrics": {name: asdict(mean(metric_of(name))) for name in names},
+        "metrics": {name: asdict(official(metric_of(name))) for name in names},
         "stops": dict(Counter(trajectory.stop for trajectory in trajectories)),
         "unknown": sum(s.verdict is None or s.verdict.score is None for t in trajectories for s in t.steps),
     }

@@ -139,19 +139,19 @@ def _read(
         raise UnknownNameError(f"{name} has no split {split!r}.{near(split, module.FILES)} Or give path=FILE.")
     file = f"{name}-{split}" if path is None else Path(path).name.partition(".")[0]
     tasks: dict[str, Task] = {}
-    documents: dict[str, tuple[Document, ...]] = {}
-    shared: tuple[Documents, tuple[Document, ...]] = ((), ())
+    paragraphs_of: dict[str, Documents] = {}
     for task, paragraphs in module.read(read_official(path or DATA / module.FILES[split]), file, **options):
         task_id, copy = task.id, 2
         while task_id in tasks:  # some official ids are not unique
             task_id, copy = f"{task.id}#{copy}", copy + 1
         tasks[task_id] = task if task_id == task.id else Task(task_id, task.question, task.answers, task.meta)
-        if paragraphs is not shared[0]:
-            shared = paragraphs, tuple(Document(title, text) for title, text in paragraphs)
-        documents[task_id] = shared[1]
+        paragraphs_of[task_id] = paragraphs
     if not tasks:
         raise DataError(f"{path}: the file holds no task.")
-    return tasks, documents
+    # what tasks share is made once, and only now: a reader may add to it until the file ends
+    once = {id(paragraphs): paragraphs for paragraphs in paragraphs_of.values()}
+    made = {key: tuple(Document(*pair) for pair in paragraphs) for key, paragraphs in once.items()}
+    return tasks, {task_id: made[id(paragraphs)] for task_id, paragraphs in paragraphs_of.items()}
 
 
 def text_field(where: str, row: Any, name: str) -> str:

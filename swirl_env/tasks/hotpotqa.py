@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from swirl_env import answers
 from swirl_env.errors import DataError
 from swirl_env.tasks.base import Documents, Rows, text_field
+from swirl_env.tasks.paragraphs import gold_meta
 from swirl_env.types import Task
 
 INSTRUCTION = "Answer the question in a few words."
@@ -18,7 +19,7 @@ FILES = {"train": "hotpotqa_train.json.gz", "test": "hotpotqa_test.json.gz"}
 
 
 def read(rows: Rows, file: str) -> Iterator[tuple[Task, Documents]]:
-    """Official rows -> tasks. `meta`: `type`, `level`, `hops`, `supporting_facts` ([title, sentence index] pairs)."""
+    """Official rows -> tasks. `meta`: that of `paragraphs.gold_meta`, `level`, `supporting_facts` ([title, sentence] pairs)."""
     del file  # every record has its id
     for where, row in rows:
         question, gold = text_field(where, row, "question"), text_field(where, row, "answer")
@@ -30,5 +31,8 @@ def read(rows: Rows, file: str) -> Iterator[tuple[Task, Documents]]:
                 f"{where}: expected 'context' as [[title, [sentence, ...]], ...] and 'supporting_facts' as "
                 f"[[title, index], ...], got {str(row.get('context'))[:60]}."
             ) from None
-        meta = {"type": row.get("type"), "level": row.get("level"), "hops": 2, "supporting_facts": facts}
+        texts: dict[str, str] = dict(reversed(context))
+        titles: list[str] = list(dict.fromkeys(str(title) for title, _ in facts))
+        meta = gold_meta(hops=2, type=row.get("type"), supporting=[(title, texts.get(title)) for title in titles])
+        meta |= {"level": row.get("level"), "supporting_facts": facts}
         yield Task(text_field(where, row, "_id"), question.strip(), (gold.strip(),), meta), context

@@ -79,7 +79,7 @@ class Search:
 
     def bind(self, documents: Sequence[Document]) -> None:
         """Search these paragraphs from now on, unless there is a corpus."""
-        if self.corpus is None:
+        if self.corpus is None and documents != self.documents:  # tasks that share their paragraphs share the index
             self.documents, self._index = documents, None
 
     def __call__(self, query: str) -> str:
