@@ -8,16 +8,12 @@ from typing import Annotated
 
 import tyro
 
+from swirl_benchmarks.bench import BENCHES
 from swirl_benchmarks.run import RunConfig
-from swirl_env.errors import ConfigError, SwirlError
+from swirl_benchmarks.terminal import console
+from swirl_env.errors import ConfigError, SwirlError, UnknownNameError
 
 Env = Annotated[str, tyro.conf.Positional]
-
-
-def _console():
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
 def run(
@@ -40,7 +36,7 @@ def run(
     evaluate.check_target(json)
     name = config.env.rpartition("/")[2].lower()
     folder = Path(out or f"runs/{name}-{config.tasks}-seed{config.seed}")
-    results = run_all(config, folder, _console(), command=" ".join(["swirl", *sys.argv[1:]]))
+    results = run_all(config, folder, console(), command=" ".join(["swirl", *sys.argv[1:]]))
     if json:
         evaluate.write_json(json, results)
 
@@ -98,7 +94,7 @@ def eval_(
         )
         judged = stages.judge(acted, judging, Path(out) if out else Path(scratch) / "judged.jsonl")
     figures = evaluate.report(world, model, judged) | {"judge": judging.name, "seed": seed, "temperature": temperature}
-    evaluate.print_table(f"{env}, mean [95 % interval]", {model: figures}, _console())
+    evaluate.print_table(f"{env}, mean [95 % interval]", {model: figures}, console())
     if figures["unknown"]:
         verdicts = [step.verdict for one in judged for step in one.steps if step.verdict and step.verdict.score is None]
         print(f"{figures['unknown']} verdicts are unknown, such as: {verdicts[0].reason}", file=sys.stderr)
@@ -139,14 +135,60 @@ def envs() -> None:
     from swirl_env.registration import ENVS
     from swirl_env.tasks import load_tasks
 
-    table = Table("id", "bundled train", "bundled test", "tools", "steps")
+    table = Table("id", "tasks at hand", "tools", "steps", "official metric")
     for env_id, kwargs in ENVS.items():
-        counts = [str(len(load_tasks(str(kwargs["tasks"]), split).tasks)) for split in ("train", "test")]
-        table.add_row(env_id, *counts, ", ".join(kwargs["tools"]), str(kwargs["max_steps"]))  # type: ignore[arg-type]
-    _console().print(table)
+        counts, metrics = [], ""
+        for split in ("train", "test"):
+            try:
+                tasks = load_tasks(str(kwargs["tasks"]), split)
+            except UnknownNameError:  # CofCA is for evaluation only
+                continue
+            counts.append(f"{len(tasks.tasks):,} {split}")
+            metrics = ", ".join(tasks.metrics(next(iter(tasks.tasks.values())), None))
+        tools = ", ".join(kwargs["tools"])  # type: ignore[arg-type]
+        table.add_row(env_id, ", ".join(counts), tools, str(kwargs["max_steps"]), metrics)
+    console().print(table)
 
 
-COMMANDS: dict[str, Callable] = {"run": run, "eval": eval_, "play": play, "envs": envs}
+def data_list() -> None:
+    """List the official files: addresses, sizes, and where they lie."""
+    from rich.table import Table
+
+    from swirl_env.tasks.download import listing
+
+    table = Table("set", "file", "MB", "checksum", "at hand")
+    for name, source, path in listing():
+        size = "?" if source.megabytes is None else f"{source.megabytes:g}"
+        checksum = "published" if source.sha256 else "recorded at first download"
+        table.add_row(name, source.file, size, checksum, str(path or "no"))
+    console().print(table)
+    print("cofca: no public copy is known; give your own with path=FILE.")
+
+
+def data_fetch(name: Annotated[str, tyro.conf.Positional], /) -> None:
+    """Download official files into the cache folder; prints their paths.
+
+    Example: swirl data fetch gsm8k
+
+    Args:
+        name: a set (hotpotqa, gsm8k, musique, beerqa) or the name of one file.
+    """
+    from swirl_env.tasks.download import fetch
+
+    for path in fetch(name, say=lambda text: print(text, file=sys.stderr)):
+        print(path)
+
+
+def bench() -> None:
+    """Benchmark suites: swirl bench --help."""
+
+
+def data() -> None:
+    """Official data files: swirl data --help."""
+
+
+COMMANDS: dict[str, Callable] = {"run": run, "eval": eval_, "play": play, "envs": envs, "bench": bench, "data": data}
+GROUPS: dict[str, dict[str, Callable]] = {"bench": BENCHES, "data": {"list": data_list, "fetch": data_fetch}}
 
 
 def main() -> None:
@@ -154,9 +196,17 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.path.insert(0, str(Path.cwd()))  # so that module:attribute finds a file beside you
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="swirl", description="Step-wise RL environments and training."
-        )
+        group = sys.argv[1] if sys.argv[1:2] and sys.argv[1] in GROUPS else None
+        if group is None:
+            about = "Step-wise RL environments and training."
+            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="swirl", description=about)
+        else:
+            tyro.extras.subcommand_cli_from_dict(
+                GROUPS[group],
+                prog=f"swirl {group}",
+                description=COMMANDS[group].__doc__.partition(":")[0] + ".",  # type: ignore[union-attr]
+                args=sys.argv[2:],
+            )
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "transformers", "safetensors", "gguf", "tokenizers"):
             raise

@@ -13,6 +13,8 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 import swirl_env  # noqa: F401
 
@@ -142,3 +144,23 @@ def _aviary() -> Round | None:
         return spent
 
     return lambda n: asyncio.run(steps(n))
+
+
+def print_env(figures: list[dict[str, Any]], console: Console) -> None:
+    """The figures as a table; one over its limit is marked."""
+    table = Table(title="Microseconds a step, median [quartiles]", title_justify="left")
+    for heading in ("step", "ours", "limit", "beside", "theirs", "ours / theirs"):
+        table.add_column(heading, justify="left" if heading in ("step", "beside") else "right")
+    for figure in figures:
+        over = " (over)" if figure["microseconds"]["median"] > figure["limit"] else ""
+        cells = [_show(figure["microseconds"]) + over, f"{figure['limit']:.0f}"]
+        if "against" in figure:
+            cells += [figure["against"], _show(figure["against_microseconds"]), _show(figure["ratio"], 2)]
+        table.add_row(figure["what"], *cells)
+    console.print(table)
+    if not any("aviary" in figure.get("against", "") for figure in figures):
+        console.print("For the comparison with aviary: pip install aviary.gsm8k")
+
+
+def _show(spread: dict[str, float], places: int = 1) -> str:
+    return f"{spread['median']:.{places}f} [{spread['low']:.{places}f}, {spread['high']:.{places}f}]"
