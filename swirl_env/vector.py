@@ -50,7 +50,7 @@ class ToolVectorEnv(SyncVectorEnv):
             raise ConfigError(f"autoreset_mode is one of {known}; got {autoreset_mode!r}.") from None
         if not env_fns:
             raise ConfigError("A vector environment needs at least one environment.")
-        super().__init__(env_fns, autoreset_mode=mode)
+        super().__init__(env_fns, copy=False, autoreset_mode=mode)  # texts cannot be changed
         self._bases: list[ToolEnv] = []
         judges: dict[str, Judge] = {}
         for env in self.envs:
@@ -88,6 +88,16 @@ class ToolVectorEnv(SyncVectorEnv):
         actions = tuple(actions)
         self._prepare(actions)
         return super().step(actions)
+
+    def _add_info(self, vector_infos: dict[str, Any], env_info: dict[str, Any], env_num: int) -> dict[str, Any]:
+        """As Gymnasium's, without making a new mask for each value."""
+        for key, value in env_info.items():
+            if key in vector_infos and not isinstance(value, dict):
+                vector_infos[key][env_num] = value
+                vector_infos[f"_{key}"][env_num] = True
+            else:
+                super()._add_info(vector_infos, {key: value}, env_num)
+        return vector_infos
 
     def _prepare(self, actions: tuple[str, ...]) -> None:
         skipped = self._autoreset_envs if self.autoreset_mode == AutoresetMode.NEXT_STEP else np.zeros(self.num_envs)

@@ -1,5 +1,6 @@
 """`swirl bench NAME`: the suites, each a table for people and JSON for machines."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from swirl_benchmarks import evaluate
@@ -59,4 +60,4 @@ def retrieval(*, data: Path | None = None, backends: str = "bm25,dense,hybrid", 
         evaluate.write_json(json, report)
 
 
-BENCHES = {"speed": speed, "retrieval": retrieval}
+BENCHES: dict[str, Callable] = {"speed": speed, "retrieval": retrieval}

@@ -34,7 +34,7 @@ from functools import lru_cache
 
 from swirl_env import answers, numerals
 from swirl_env.errors import ToolError
-from swirl_env.tools.calculator import evaluate, parse, tidy, value_of
+from swirl_env.tools.calculator import evaluate, parse, tidy
 from swirl_env.tools.search import words
 from swirl_env.types import Step, StepView, ToolCall, Verdict
 
@@ -239,7 +239,7 @@ def _read(expression: str) -> _Expression | str:
     """What an expression is, or the sentence that refuses it."""
     try:
         tree = parse(expression)
-        value_of(tree)
+        evaluate(expression)
     except ToolError as refusal:
         return str(refusal)
     text = tidy(expression)

@@ -11,6 +11,7 @@ import math
 import re
 import threading
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 import numexpr
@@ -52,8 +53,15 @@ _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _HAS_LIST = re.compile(r"\b(?:min|max|round)\s*\(")
 
 
+_PLAIN = re.compile(r"[\d\s.()+*/-]*", re.A)
+_LEADING_ZERO = re.compile(r"(?<![\d.])0\d", re.A)
+
+
+@lru_cache(maxsize=4096)
 def tidy(expression: str) -> str:
     """The expression in Python's notation."""
+    if _PLAIN.fullmatch(expression) and not _LEADING_ZERO.search(expression):
+        return expression.strip()
     if _HAS_LIST.search(expression) and _THOUSANDS.search(expression):
         raise ToolError(
             "Inside min, max and round, write numbers without thousands separators and put a blank after commas."
@@ -64,8 +72,9 @@ def tidy(expression: str) -> str:
     return expression.strip()
 
 
+@lru_cache(maxsize=1024)
 def parse(expression: str) -> ast.expr:
-    """Syntax tree of a tidied expression. Raises `ToolError` where it is too long or not arithmetic."""
+    """Syntax tree of a tidied expression; not to be changed. Raises `ToolError` where it is too long or not arithmetic."""
     if len(expression) > MAX_CHARACTERS:
         raise ToolError(f"The expression has {len(expression):,} characters; at most {MAX_CHARACTERS} are allowed.")
     text = tidy(expression)
@@ -75,7 +84,7 @@ def parse(expression: str) -> ast.expr:
         raise ToolError("Write only the expression to calculate, without '='.")
     try:
         tree = ast.parse(text, mode="eval").body
-        for node in ast.walk(tree):
+        for node in ast.walk(tree) if set(text) & set(".eE") else ():
             if isinstance(node, ast.Constant) and isinstance(node.value, float):
                 node.exact = _decimal(text[node.col_offset : node.end_col_offset])  # type: ignore[attr-defined]
         return tree
@@ -202,6 +211,7 @@ def show(value: Number) -> str:
         return str(round(value))
 
 
+@lru_cache(maxsize=1024)
 def evaluate(expression: str) -> Number:
     """Value of an expression as people write it. Raises `ToolError` with a sentence for what is refused."""
     return value_of(parse(expression))
