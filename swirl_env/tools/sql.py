@@ -91,6 +91,8 @@ class Sql:
         def authorize(action: int, first: str | None, second: str | None, *_: Any) -> int:
             if action == sqlite3.SQLITE_FUNCTION and str(second).lower() in _REFUSED_FUNCTIONS:
                 refused.append(f"The function {second} is refused.")
+            elif action == sqlite3.SQLITE_PRAGMA and first == "data_version" and second is None:
+                pass  # asked by full-text tables; it tells only whether the file has changed
             elif action == sqlite3.SQLITE_PRAGMA:
                 refused.append("PRAGMA is refused. Tables and their columns stand in sqlite_master.")
             elif action not in _ALLOWED:
