@@ -4,7 +4,7 @@ Three things keep the file as it is and the call short: the file is opened with 
 SELECT alone, so that writes, ATTACH and PRAGMA are refused while a query is compiled; a progress handler stops what runs
 past the deadline. A single instruction of the engine cannot be stopped (`instr` of a long text in a longer one takes
 time m x n), so the query runs in a thread that is left behind when it does not stop in time; the limits on lengths bound
-what it can still use. Each call opens the file anew (under a millisecond), so a tool may be pickled and used from any thread.
+what it can still use. Each call opens the file anew, so a tool may be pickled and used from any thread.
 
 `random()` is refused: the same query gives the same rows.
 """
