@@ -108,7 +108,11 @@ class Grammar:
         if dialect not in DIALECTS:
             raise UnknownNameError(f"No grammar is called {dialect!r}.{near(dialect, DIALECTS)}")
         self.dialect = DIALECTS[dialect]
-        self.tools = {tool.name: tool for tool in tools}
+        offered = list(tools)
+        self.tools = {tool.name: tool for tool in offered}
+        for tool in offered:
+            if tool is not self.tools[tool.name]:
+                raise ConfigError(f"Two tools are called {tool.name!r}. Give one of them another name.")
         for name in self.tools:
             if not re.fullmatch(NAME, name, re.A):
                 raise ConfigError(f"A tool cannot be called {name!r}: names are letters, digits, '_', '-' and '.'.")

@@ -65,9 +65,9 @@ def main_argument(tool: Tool) -> str | None:
 def read_body(tool: Tool, body: str) -> dict[str, Any]:
     """The arguments that a body writes."""
     if body.startswith("{"):
-        value = read_json(body)
-        if isinstance(value, dict) and (len(value) != 1 or set(value) <= set(tool.parameters.get("properties", {}))):
-            return value
+        value, known = read_json(body), set(tool.parameters.get("properties", {}))
+        if isinstance(value, dict) and (set(value) <= known or len(known) > 1 and len(value) > 1):
+            return value  # a misspelt name is told; but a body of a tool with one argument may be JSON itself
     main = main_argument(tool)
     return {} if main is None and not body else {main or "input": body}
 

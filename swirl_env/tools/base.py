@@ -116,7 +116,9 @@ def _checked(tool: Tool, arguments: Mapping[str, Any]) -> dict[str, Any]:
         came = ", ".join(map(repr, arguments)) or "nothing"
         raise ToolError(f"{tool.name} takes {', '.join(properties) or 'no arguments'}; got {came}.")
     for name, value in arguments.items():
-        expected = _READS.get(properties[name].get("type"))
+        entry = properties[name]  # a schema from elsewhere may be `true`, or name several types: those are not checked
+        kind = entry.get("type") if isinstance(entry, dict) else None
+        expected = _READS.get(kind) if isinstance(kind, str) else None
         if isinstance(value, str) and expected not in (None, str):
             try:
                 checked[name] = value = json.loads(value)
@@ -124,7 +126,7 @@ def _checked(tool: Tool, arguments: Mapping[str, Any]) -> dict[str, Any]:
                 pass
         wrong = expected and not isinstance(value, expected)
         if wrong or (isinstance(value, bool) and expected not in (None, bool)):
-            raise ToolError(f"{tool.name}: {name} must be of type {properties[name]['type']}, got {str(value)[:80]!r}.")
+            raise ToolError(f"{tool.name}: {name} must be of type {kind}, got {str(value)[:80]!r}.")
     return checked
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import sqlite3
 import sys
 
 import gymnasium as gym
@@ -11,6 +12,7 @@ import swirl_env  # noqa: F401
 from swirl_env.errors import ConfigError, ToolError, UnknownNameError
 from swirl_env.io import read
 from swirl_env.judges import ask, make_judge, views
+from swirl_env.tools.python import isolation
 from swirl_env.types import Trajectory, Verdict
 from swirl_env.wrappers import AddTool, JudgeReward, RecordTrajectories, RemoveTool, StepPenalty, ToolBudget
 
@@ -58,6 +60,31 @@ def test_tools_by_name():
     assert "<result>4</result>" in env.step("<calculator>2+2</calculator>")[0]
     env = RemoveTool(env, "search")
     assert "<search>" not in env.reset(seed=0)[0]
+
+
+def test_a_database_and_code_by_name(tmp_path):
+    file = tmp_path / "towns of.db"
+    with sqlite3.connect(file) as db:
+        db.execute("create table towns (name text, people int)")
+        db.execute("insert into towns values ('Burbank', 107337)")
+    db.close()
+    try:
+        isolation()
+        tools = ["python", f"sql:{file}"]
+    except ConfigError:  # no namespaces here
+        tools = [f"sql:{file}"]
+    env = make("swirl/Tasks-v0", tools=tools)
+    spec = gym.envs.registration.EnvSpec.from_json(env.spec.to_json())
+    env = gym.make(spec)
+    assert "towns(name, people)" in env.reset(seed=0)[0]
+    assert "107337" in env.step("<sql>select people from towns</sql>")[4]["step"].results[0].text
+    if "python" in tools:
+        assert env.step("<python>sum(range(5))</python>")[4]["step"].results[0].text == "10"
+
+
+def test_names_clash_loudly():
+    with pytest.raises(ConfigError, match="Two tools are called 'search'"):
+        make(tools=["search", "search"])
 
 
 @pytest.mark.parametrize(
