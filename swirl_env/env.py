@@ -5,6 +5,7 @@ tool results appended; `info["transcript"]` is the same as messages. Each step e
 A malformed action, an unknown tool, wrong arguments or a tool error is an observation that says what to write instead.
 """
 
+import json
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -55,7 +56,8 @@ class ToolEnv(gym.Env[str, str]):
         split: `train` or `test`.
         path: an official file of the task set; `None`: the bundled tasks.
         tools: names (`calculator`, `search`, ...) or `"module:attribute"`.
-        judge: `"rules"`, `"gold-steps"`, `"module:attribute"`, or `None` for no process reward.
+        judge: `"rules"`, `"gold-steps"`, `"outcome"`, `"model:URL"`, `"module:attribute"`, a dict (see `judges.make_judge`), or
+            `None` for no process reward.
         reward: `process` (each step's score), `outcome` (the official metric, at the end) or `both`
             (`outcome_weight` x outcome + (1 - `outcome_weight`) x process).
         outcome_weight: in [0, 1], for `reward="both"`.
@@ -82,7 +84,7 @@ class ToolEnv(gym.Env[str, str]):
         split: str = "train",
         path: str | None = None,
         tools: Sequence[str] = (),
-        judge: str | None = "rules",
+        judge: str | dict[str, Any] | None = "rules",
         reward: str = "process",
         outcome_weight: float = 0.5,
         grammar: str = "default",
@@ -127,8 +129,8 @@ class ToolEnv(gym.Env[str, str]):
         }  # fmt: skip
         self._done = True
         self._taken: Taken | None = None
-        self.judge_name = judge
-        """The name the judge was made from; `None` for a live object."""
+        self.judge_name = None if judge is None else json.dumps(judge, sort_keys=True)
+        """What the judge was made from, as JSON; `None` for a live object."""
         self.next_task: str | None = None
         """The task of the next reset, unless its options name one."""
         self.task: Task | None = None
@@ -145,11 +147,12 @@ class ToolEnv(gym.Env[str, str]):
         """Offer these tools (`Tool`s or typed, documented functions) from the next reset on."""
         self.grammar = Grammar(self.grammar.dialect.name, map(make_tool, tools))
 
-    def set_judge(self, judge: str | Judge | None) -> None:
-        """Ask another judge from the next step on: by name, a live object, or none."""
-        self.judge_name = judge if isinstance(judge, str) else None
-        self.judge = make_judge(judge) if isinstance(judge, str) else judge
-        self._kwargs["judge"] = self.judge_name if judge is None or self.judge_name else name_of(judge)
+    def set_judge(self, judge: str | dict[str, Any] | Judge | None) -> None:
+        """Ask another judge from the next step on: by name, as JSON, a live object, or none."""
+        named = isinstance(judge, (str, dict))
+        self.judge_name = json.dumps(judge, sort_keys=True) if named else None
+        self.judge = make_judge(judge) if isinstance(judge, (str, dict)) else judge
+        self._kwargs["judge"] = judge if named or judge is None else name_of(judge)
 
     @property
     def running(self) -> bool:

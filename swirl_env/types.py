@@ -255,10 +255,12 @@ class StepView:
 @dataclass(frozen=True, slots=True)
 class Completion:
     text: str
-    """decode(sampled ids), an overrun past a stop string included."""
+    """decode(sampled ids), an overrun past a stop string included; of an error, what went wrong in one line."""
     tokens: Tokens | None
-    finish: Literal["stop", "eos", "length"]
-    """A stop string, the model's own end of turn, or the token limit."""
+    finish: Literal["stop", "eos", "length", "error"]
+    """A stop string, the model's own end of turn, the token limit, or a failure of the policy."""
+    alternatives: tuple[dict[str, float], ...] | None = None
+    """For each generated token, the likeliest tokens' texts and log-probabilities in nats; `None`: not asked or not given."""
 
 
 class Tool(Protocol):

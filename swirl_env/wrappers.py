@@ -124,14 +124,15 @@ class JudgeReward(_Recorded):
 
     Args:
         env: over `ToolEnv`; one with `reward="outcome"` now rewards by process, one with `both` stays so.
-        judge: a `Judge`, or its name as in `judge=`.
+        judge: a `Judge`, or its name or JSON as in `judge=`.
     """
 
-    def __init__(self, env: gym.Env, judge: Judge | str):
+    def __init__(self, env: gym.Env, judge: Judge | str | dict[str, Any]):
         base = _base(env)
-        if not isinstance(judge, str) and (not callable(judge) or not isinstance(getattr(judge, "name", None), str)):
+        named = isinstance(judge, (str, dict))
+        if not named and (not callable(judge) or not isinstance(getattr(judge, "name", None), str)):
             raise ConfigError(f"Expected a judge (a callable with a `name`) or the name of one, got {judge!r}.")
-        super().__init__(env, judge=judge if isinstance(judge, str) else name_of(judge) or judge)
+        super().__init__(env, judge=judge if named else name_of(judge) or judge)
         base.set_judge(judge)
         base.reward = "process" if base.reward == "outcome" else base.reward
 

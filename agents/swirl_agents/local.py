@@ -32,11 +32,12 @@ class LocalPolicy:
         seed: for states that carry no seed of their own.
         batch_tokens: samples x (context + action) tokens that are decoded at once; bounds memory.
         cache_tokens: tokens whose keys and values are kept between calls.
+        top_logprobs: how many of the likeliest tokens `Completion.alternatives` gives at each place; 0: none.
     """
 
     def __init__(
         self, model, tokenizer, *, name: str = "local", temperature: float = 1.0, max_new_tokens: int = 64,
-        seed: int = 0, batch_tokens: int = 32_768, cache_tokens: int = 16_384,
+        seed: int = 0, batch_tokens: int = 32_768, cache_tokens: int = 16_384, top_logprobs: int = 0,
     ):  # fmt: skip
         if not temperature >= 0:
             raise ConfigError(f"temperature must be 0 (greedy) or more, got {temperature!r}.")
@@ -44,11 +45,17 @@ class LocalPolicy:
             raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens!r}.")
         self.model, self.renderer, self.name = model, Renderer(tokenizer), name
         self.temperature, self.max_new_tokens, self.seed = temperature, max_new_tokens, seed
+        self.top_logprobs = top_logprobs
         self.batch_tokens, self._prefixes = batch_tokens, PrefixCache(model, cache_tokens)
         self.context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
         eos = model.generation_config.eos_token_id if model.generation_config else None
         ends = eos if isinstance(eos, list) else [eos]
         self.eos_ids = {self.renderer.eos_id, *(token for token in ends if token is not None)}
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What, beside the model and the state, its completions depend on."""
+        return {"temperature": self.temperature, "max_new_tokens": self.max_new_tokens, "seed": self.seed}
 
     def __call__(self, transcripts: list[Transcript], n: int = 1) -> list[list[Completion]]:
         """`n` completions for each transcript; none for a state that leaves no room for an action in the context."""
@@ -62,7 +69,7 @@ class LocalPolicy:
             new = [e.ids[e.spans[-1][1] if e.spans else 0 :] for e in (encoded[i] for i in group)]
             samples = self._sample(ids, [transcripts[i] for i in group], n)
             for i, delta, drawn in zip(group, new, samples, strict=True):
-                done[i] = [self._completion(delta, *sample) for sample in drawn]
+                done[i] = [self._completion(delta, row) for row in drawn]
         return done
 
     def _groups(self, order: list[int], lengths: list[int], n: int) -> Iterator[list[int]]:
@@ -76,16 +83,21 @@ class LocalPolicy:
         if group:
             yield group
 
-    def _completion(self, new: np.ndarray, ids: list[int], logprobs: list[float], finish: Any) -> Completion:
+    def _completion(self, new: np.ndarray, row: "_Row") -> Completion:
+        ids, logprobs = row.ids, row.logprobs
         tokens = Tokens(
             np.concatenate([new, np.asarray(ids, np.int32)]),
             np.arange(len(new) + len(ids)) >= len(new),
             np.concatenate([np.zeros(len(new), np.float32), np.asarray(logprobs, np.float32)]),
         )
-        return Completion(self.renderer.decode(ids), tokens, finish)
+        alternatives = None
+        if self.top_logprobs:
+            alternatives = tuple({self.renderer.decode([i]): p for i, p in place.items()} for place in row.alternatives)
+        assert row.finish is not None
+        return Completion(self.renderer.decode(ids), tokens, row.finish, alternatives)  # type: ignore[arg-type]
 
     @torch.inference_mode()
-    def _sample(self, ids: list[np.ndarray], transcripts: list[Transcript], n: int) -> list[list[tuple[Any, ...]]]:
+    def _sample(self, ids: list[np.ndarray], transcripts: list[Transcript], n: int) -> list[list["_Row"]]:
         cache, mask, position, logits = self._prefill(ids, self.max_new_tokens)
         logits = logits.repeat_interleave(n, 0)
         if n > 1:
@@ -95,12 +107,14 @@ class LocalPolicy:
         alive = list(range(len(rows)))  # rows of the batch, some of which may have ended
         for step in range(self.max_new_tokens):
             chosen, logprobs = self._draw(logits, [rows[i].uniforms[step] for i in alive])
+            likeliest = self._likeliest(logits)
             going = []
             for slot, i in enumerate(alive):
                 if rows[i].finish is not None:
                     continue
                 rows[i].ids.append(chosen[slot])
                 rows[i].logprobs.append(logprobs[slot])
+                rows[i].alternatives += likeliest[slot : slot + 1]
                 rows[i].finish = self._finish(rows[i], step)
                 if rows[i].finish is None:
                     going.append(slot)
@@ -119,8 +133,7 @@ class LocalPolicy:
             token = torch.tensor(chosen, device=mask.device)[:, None]
             out = self.model(token, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
             logits = out.logits[:, -1]
-        drawn = [(row.ids, row.logprobs, row.finish) for row in rows]
-        return [drawn[i : i + n] for i in range(0, len(drawn), n)]
+        return [rows[i : i + n] for i in range(0, len(rows), n)]
 
     @torch.inference_mode()
     def _prefill(self, ids: list[np.ndarray], more: int, remember: bool = False):
@@ -180,6 +193,16 @@ class LocalPolicy:
             chosen = torch.searchsorted(cumulative, at, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
         return chosen.tolist(), logprobs.gather(1, chosen[:, None])[:, 0].tolist()
 
+    def _likeliest(self, logits: torch.Tensor) -> list[dict[int, float]]:
+        """Token id -> log-prob in nats of each row's likeliest tokens; nothing unless asked for."""
+        if not self.top_logprobs:
+            return []
+        top = torch.log_softmax(logits.float() / (self.temperature or 1.0), -1).topk(self.top_logprobs)
+        return [
+            dict(zip(ids, values, strict=True))
+            for ids, values in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        ]
+
     def _finish(self, row: "_Row", step: int) -> str | None:
         if row.ids[-1] in self.eos_ids:
             return "eos"
@@ -198,4 +221,5 @@ class _Row:
         self.tail = max((len(text) for text in stop), default=0) + 4
         self.ids: list[int] = []
         self.logprobs: list[float] = []
+        self.alternatives: list[dict[int, float]] = []
         self.finish: str | None = None

@@ -1,7 +1,9 @@
 """The arrows between a run's files: generate, judge, filter. Each appends to its file and goes on where it stopped."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import gymnasium as gym
@@ -9,14 +11,39 @@ from swirl_agents.rollout import rollout
 from swirl_algos.filters import Kept, keep
 from tqdm import tqdm
 
+from swirl_env.errors import SwirlError
 from swirl_env.io import Writer, read
 from swirl_env.judges import ask, views
-from swirl_env.types import Judge, Policy, Trajectory
+from swirl_env.types import STRICT, Judge, Policy, Trajectory
+
+ENOUGH_STEPS = 50
+"""Judged steps from which on the share of unknown verdicts is held against its limit."""
+MAX_THREADS = 64
+BATCH_STEPS = 64
+"""Steps that a judge in this process is asked about at once."""
 
 
-def bar(total: int, name: str, unit: str, done: int = 0) -> tqdm:
-    """A progress bar on standard error, with rate and time left."""
-    return tqdm(total=total, desc=name, unit=unit, initial=done, dynamic_ncols=True, mininterval=0.5)
+class JudgeError(SwirlError, RuntimeError):
+    """A judge that leaves too much unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A step without a verdict."""
+
+    __pydantic_config__ = STRICT
+
+    task: str
+    sample: int
+    round: int
+    step: int
+    judge: str
+    reason: str
+
+
+def bar(total: int, name: str, unit: str, done: int = 0, delay: float = 0) -> tqdm:
+    """A progress bar on standard error, with rate and time left; shown after `delay` seconds."""
+    return tqdm(total=total, desc=name, unit=unit, initial=done, dynamic_ncols=True, mininterval=0.5, delay=delay)
 
 
 def generate(
@@ -40,28 +67,118 @@ def generate(
     return [done[task_id, sample, 0] for task_id, sample in jobs]
 
 
-def judge(trajectories: Iterable[Trajectory], judge: Judge, path: Path) -> list[Trajectory]:
-    """The trajectories with the judge's verdicts, in the same order; those that this judge judged already are
-    not judged again."""
+def judge(trajectories: Iterable[Trajectory], judge: Judge, path: Path, unknown_limit: float = 1.0) -> list[Trajectory]:
+    """The trajectories with the judge's verdicts, in the same order; those that this judge judged already are not judged
+    again, but for unknown verdicts, which are asked for anew. Steps that stay unknown are listed beside `judged.jsonl` in
+    `failures.jsonl` (beside NAME.jsonl in NAME.failures.jsonl).
+
+    Args:
+        trajectories: recorded ones.
+        judge: a judge that says `concurrency` is asked about so many trajectories at once, in threads.
+        path: where the judged trajectories are kept.
+        unknown_limit: share of unknown verdicts above which judging stops.
+
+    Raises:
+        JudgeError: more than that is unknown. What was judged is kept.
+    """
     trajectories = list(trajectories)
+    found = {trajectory.key: trajectory for trajectory in read(path, Trajectory)}
     done = {
-        trajectory.key: trajectory
-        for trajectory in read(path, Trajectory)
+        key: trajectory
+        for key, trajectory in found.items()
         if all(step.verdict is not None and step.verdict.judge == judge.name for step in trajectory.steps)
+        and not _unknown(trajectory)
     }
+    if len(done) < len(found):
+        _rewrite(path, done.values())
     missing = [trajectory for trajectory in trajectories if trajectory.key not in done]
-    if missing:
-        with Writer[Trajectory](path) as out:
-            for trajectory in tqdm(
-                missing, desc=f"judge ({judge.name})", unit="trajectory", disable=len(missing) < 100
-            ):
-                verdicts = ask(judge, views(trajectory))
-                steps = [
-                    replace(step, verdict=verdict) for step, verdict in zip(trajectory.steps, verdicts, strict=True)
-                ]
-                done[trajectory.key] = replace(trajectory, steps=tuple(steps))
-                out.write(done[trajectory.key])
+    steps = unknown = 0
+    reason = ""
+    try:
+        with (
+            Writer[Trajectory](path) as out,
+            bar(
+                len(trajectories), f"judge ({judge.name})", "trajectory", len(trajectories) - len(missing), 1
+            ) as progress,
+        ):
+            for judged in _judged(judge, missing):
+                out.write(judged)
+                done[judged.key] = judged
+                progress.update()
+                steps += len(judged.steps)
+                unknown += len(failures := _unknown(judged))
+                reason = failures[0].reason if failures else reason
+                if steps >= ENOUGH_STEPS and unknown > unknown_limit * steps:
+                    raise JudgeError(
+                        f"{unknown} of the first {steps} verdicts of {judge.name} are unknown, over the limit of "
+                        f"{unknown_limit:.0%}. The last reason: {reason}. What was judged is kept in {path}; mend the judge and "
+                        "give the same command again."
+                    )
+    finally:
+        failures_file = "failures.jsonl" if path.stem == "judged" else f"{path.stem}.failures.jsonl"
+        _rewrite(path.with_name(failures_file), [failure for one in done.values() for failure in _unknown(one)])
     return [done[trajectory.key] for trajectory in trajectories]
+
+
+def _judged(judge: Judge, trajectories: Sequence[Trajectory]) -> Iterator[Trajectory]:
+    """Each with its verdicts, in order: in batches, or in threads where the judge says how many it bears."""
+    groups = _groups(trajectories)
+    threads = min(getattr(judge, "concurrency", 1), MAX_THREADS)
+    if threads <= 1:
+        for group in groups:
+            yield from _with_verdicts(judge, group)
+        return
+    pool = ThreadPoolExecutor(threads, "swirl-judge")
+    waiting = ([trajectory] for trajectory in trajectories)
+    try:
+        running = [pool.submit(_with_verdicts, judge, group) for group in islice(waiting, 2 * threads)]
+        while running:
+            yield from running.pop(0).result()
+            running += [pool.submit(_with_verdicts, judge, group) for group in islice(waiting, 1)]
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _groups(trajectories: Sequence[Trajectory]) -> Iterator[list[Trajectory]]:
+    """Trajectories of about `BATCH_STEPS` steps together."""
+    group: list[Trajectory] = []
+    for trajectory in trajectories:
+        group.append(trajectory)
+        if sum(len(one.steps) for one in group) >= BATCH_STEPS:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _with_verdicts(judge: Judge, trajectories: list[Trajectory]) -> list[Trajectory]:
+    verdicts = iter(ask(judge, [view for trajectory in trajectories for view in views(trajectory)]))
+    return [
+        replace(trajectory, steps=tuple(replace(step, verdict=next(verdicts)) for step in trajectory.steps))
+        for trajectory in trajectories
+    ]
+
+
+def _unknown(trajectory: Trajectory) -> list[Failure]:
+    return [
+        Failure(*trajectory.key, i, step.verdict.judge, step.verdict.reason)
+        for i, step in enumerate(trajectory.steps)
+        if step.verdict is not None and step.verdict.score is None
+    ]
+
+
+def _rewrite(path: Path, records: Iterable) -> None:
+    """The file anew, whole or not at all; none where there is no record."""
+    part = path.with_name(path.name + ".part")
+    part.unlink(missing_ok=True)
+    with Writer(part) as out:
+        for record in records:
+            out.write(record)
+    if part.stat().st_size:
+        part.replace(path)
+    else:
+        part.unlink()
+        path.unlink(missing_ok=True)
 
 
 def filter_by(name: str, trajectories: Iterable[Trajectory], path: Path) -> Kept:

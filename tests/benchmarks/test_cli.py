@@ -115,7 +115,7 @@ def test_play():
     assert "before the episode" in swirl("play", "swirl/GSM8K-v0", input="").stdout
 
 
-RUN = ("run", "swirl/GSM8K-v0", "--tasks", 3, "--filter", "none", "--max-steps", 3, "--swirl.max-new-tokens", 8,
+RUN = ("run", "swirl/GSM8K-v0", "--tasks", 3, "--samples", 1, "--demonstrations", 3, "--filter", "none", "--max-steps", 3, "--swirl.max-new-tokens", 8,
        "--swirl.samples", 2, "--batch-size", 2)  # fmt: skip
 FILES = [
     "demonstrations.jsonl",

@@ -55,7 +55,7 @@ def test_bundled_tasks(name, split, count):
             assert step["title"] in meta["supporting"]
 
 
-@pytest.mark.parametrize(("name", "split", "count"), BUNDLED[1:])  # the first: test_rules_judge.py
+@pytest.mark.parametrize(("name", "split", "count"), BUNDLED[1:])  # the first: judges/test_rules.py
 def test_the_oracle_solves_every_task_within_the_limit(name, split, count):
     recorded = demonstrations(name, split)
     assert len(recorded) == count

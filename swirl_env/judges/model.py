@@ -1,0 +1,148 @@
+"""The `model` judge: any language model as a generative reward model (paper, sections 2.1 and 2.2, appendix E).
+
+It sees what the policy saw and the step to judge, not the result of that step and no gold answer; it explains first and
+ends with GOOD or BAD. Prompts are in `prompts/*.txt`, in our own words after the paper's rules: one for queries and other
+steps of a search, one for math, one for answers.
+
+What is judged cannot judge itself: every line of it stands behind "| ", so it cannot close its frame or write a line of the
+judge's; and the verdict is read from the last line of the judge's own reply only, never from the prompt.
+"""
+
+import math
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from swirl_env.errors import ConfigError
+from swirl_env.types import Completion, Message, Policy, StepView, Transcript, Verdict
+
+VERSION = 1
+"""Of the prompts: verdicts of other versions are not taken from a cache."""
+MAX_RESULT = 4_000
+"""Characters of one result that the judge reads; longer ones lose their middle."""
+
+_TASKS = {
+    "verdict": "Explain in one or two sentences. Then end with a line that holds one word alone: GOOD or BAD.",
+    "probability": "Reply with one word: GOOD or BAD.",
+}
+_VERDICT = re.compile(
+    r"(?:(?:final |my )?(?:verdict|judg(?:e)?ment|answer|feedback)\W{1,8}(?:is\W{1,8})?)?(good|bad)", re.I
+)
+
+
+class ModelJudge:
+    """Scores a step by what a language model says of it.
+
+    Args:
+        policy: the model: a `swirl_env.client.ChatClient`, a local policy, or any other `Policy`.
+        mode: `verdict`: explain, then GOOD (1) or BAD (0); `probability`: P(GOOD) / (P(GOOD) + P(BAD)) of the first word, from
+            log-probs (the policy must give `alternatives`).
+        samples: replies a step; the score is their mean over those that can be read. `verdict` only.
+
+    A reply that holds no verdict, was refused or failed is unknown (`score=None`) with the reason.
+    """
+
+    uses_gold = False
+
+    def __init__(self, policy: Policy, mode: Literal["verdict", "probability"] = "verdict", samples: int = 1):
+        if mode not in _TASKS:
+            raise ConfigError(f"mode is 'verdict' or 'probability', got {mode!r}.")
+        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+            raise ConfigError(f"samples must be a whole number of at least 1, got {samples!r}.")
+        if mode == "probability" and samples != 1:
+            raise ConfigError("mode='probability' reads one reply; samples must be 1.")
+        self.policy, self.mode, self.samples = policy, mode, samples
+        self.name = f"model:{policy.name}@{VERSION}"
+        if mode == "probability" or samples > 1:
+            self.name = f"model:{policy.name}:{mode if samples == 1 else f'mean{samples}'}@{VERSION}"
+
+    def __call__(self, views: list[StepView]) -> list[Verdict]:
+        transcripts = [Transcript((Message("user", self.prompt(view)),), seed=0) for view in views]
+        return [self._verdict(replies) for replies in self.policy(transcripts, self.samples)]
+
+    @property
+    def concurrency(self) -> int:
+        """How many threads may ask at once; 1 for a model in this process."""
+        return getattr(self.policy, "concurrency", 1)
+
+    def key(self, view: StepView) -> tuple[Any, ...]:
+        """All that a verdict depends on, for a cache."""
+        return self.name, getattr(self.policy, "parameters", None), self.prompt(view)
+
+    def prompt(self, view: StepView) -> str:
+        """What the model is asked about a step."""
+        steps = "\n\n".join(
+            "\n".join([_framed(step.action.text), *(_framed(f"-> {_cut(r.text)}") for r in step.results)])
+            for step in view.steps
+        )
+        return _template(_kind(view)).format(
+            question=_framed(view.question), steps=steps or _framed("(none)"), action=_framed(view.action.text),
+            task=_TASKS[self.mode],
+        )  # fmt: skip
+
+    def _verdict(self, replies: list[Completion]) -> Verdict:
+        if not replies:
+            return Verdict(None, "the conversation is longer than the judge's context", self.name)
+        read = [self._probability(reply) if self.mode == "probability" else verdict_of(reply) for reply in replies]
+        known = [score for score, _ in read if score is not None]
+        tokens = sum(len(reply.tokens.action_ids) for reply in replies if reply.tokens is not None)
+        reason = next((why for score, why in read if score is not None), read[0][1])
+        if not known:
+            return Verdict(None, reason, self.name, tokens=tokens)
+        parts: dict[str, float | None] = {} if len(read) == 1 else {f"reply {i}": s for i, (s, _) in enumerate(read)}
+        return Verdict(float(np.mean(known)), reason, self.name, parts, tokens=tokens)
+
+    def _probability(self, reply: Completion) -> tuple[float | None, str]:
+        if reply.finish == "error":
+            return None, reply.text
+        if not reply.alternatives:
+            return None, "no log-probs came back: use mode='verdict', or a server and model that give top_logprobs"
+        for candidates in reply.alternatives:
+            mass = dict.fromkeys(("GOOD", "BAD"), 0.0)
+            for token, logprob in candidates.items():
+                written = token.strip().upper()
+                for word in mass:
+                    mass[word] += math.exp(logprob) if written and word.startswith(written) else 0.0
+            if total := sum(mass.values()):
+                return mass["GOOD"] / total, f"P(GOOD) {mass['GOOD']:.3f}, P(BAD) {mass['BAD']:.3f}"
+        return None, f"neither GOOD nor BAD was likely; it wrote {reply.text[:80]!r}"
+
+
+def verdict_of(reply: Completion) -> tuple[float | None, str]:
+    """(1 for GOOD, 0 for BAD, `None` for neither; the explanation) of a reply: its last line holds the verdict alone."""
+    if reply.finish == "error":
+        return None, reply.text
+    lines = [line.strip(" \t*_#>`\"'.:!()[]-") for line in reply.text.strip().splitlines()]
+    lines = [line for line in lines if line]
+    if not lines:
+        return None, "the judge's reply is empty"
+    found = _VERDICT.fullmatch(lines[-1])
+    if found is None:
+        cut = " (it was cut at the token limit: raise max_new_tokens)" if reply.finish == "length" else ""
+        return None, f"the judge's reply does not end in GOOD or BAD{cut}: ...{reply.text.strip()[-80:]!r}"
+    explanation = " ".join(lines[:-1])[:500]
+    return float(found[1].upper() == "GOOD"), explanation or found[1].upper()
+
+
+def _kind(view: StepView) -> str:
+    """Which prompt: by the step itself, and for thoughts and other tools by what the episode does."""
+    if view.action.answer is not None:
+        return "answer"
+    calls = [*view.action.calls, *(call for step in view.steps for call in step.action.calls)]
+    return "math" if not any("query" in call.arguments for call in calls) else "search"
+
+
+@cache
+def _template(kind: str) -> str:
+    return (Path(__file__).parent / "prompts" / f"{kind}.txt").read_text(encoding="utf-8").strip()
+
+
+def _framed(text: str) -> str:
+    return "\n".join(f"| {line}" for line in text.splitlines() or [""])
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_RESULT else f"{text[: MAX_RESULT // 2]} ... {text[-MAX_RESULT // 2 :]}"
