@@ -56,7 +56,7 @@ def eval_(
         path: official file of tasks; none: the bundled test tasks.
         tasks: how many, drawn by the seed; none: all.
         samples: episodes a task.
-        judge: who scores the steps: rules, gold-steps, or module:attribute.
+        judge: who scores the steps: rules, gold-steps, outcome, model:URL, model:NAME, module:attribute, or JSON.
         kwargs: arguments of the environment as JSON, such as '{"search": {"k": 2}}'.
         temperature: of sampling; 0 is greedy.
         max_new_tokens: token cap of an action.
@@ -68,7 +68,7 @@ def eval_(
     import tempfile
 
     from swirl_benchmarks import evaluate, stages
-    from swirl_env.judges import make_judge
+    from swirl_benchmarks.judging import open_judge
 
     if (tasks is not None and tasks < 1) or samples < 1 or seed < 0:
         raise ConfigError(
@@ -85,7 +85,7 @@ def eval_(
     def make():
         return evaluate.make(env, **settings)
 
-    world, judging = make(), make_judge(judge)
+    world, judging = make(), open_judge(judge)
     policy = evaluate.make_policy(model, world, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
     chosen = evaluate.choose(list(world.unwrapped.task_set.tasks), tasks, seed)  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as scratch:
@@ -100,6 +100,32 @@ def eval_(
         print(f"{figures['unknown']} verdicts are unknown, such as: {verdicts[0].reason}", file=sys.stderr)
     if json:
         evaluate.write_json(json, figures)
+
+
+def judge(
+    run: Annotated[Path, tyro.conf.Positional], /, *, judge: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    unknown_limit: float = 1.0, json: str | None = None,
+) -> None:  # fmt: skip
+    """Judge a recorded run again, without acting again; with two judges, compare them.
+
+    Example: swirl judge runs/demo --judge rules --judge gold-steps
+
+    Args:
+        run: run folder, or file of trajectories.
+        judge: as in swirl run; once or twice.
+        unknown_limit: share of unknown verdicts above which judging stops.
+        json: file for the figures.
+    """
+    from swirl_benchmarks import evaluate
+    from swirl_benchmarks.judging import open_judge, print_judges, rejudge
+
+    if not 1 <= len(judge) <= 2:
+        raise ConfigError(f"Give --judge once or twice, such as --judge rules; got {len(judge)}.")
+    evaluate.check_target(json)
+    result = rejudge(run, [open_judge(name) for name in judge], unknown_limit)
+    print_judges(result, console())
+    if json:
+        evaluate.write_json(json, result)
 
 
 def play(
@@ -187,7 +213,15 @@ def data() -> None:
     """Official data files: swirl data --help."""
 
 
-COMMANDS: dict[str, Callable] = {"run": run, "eval": eval_, "play": play, "envs": envs, "bench": bench, "data": data}
+COMMANDS: dict[str, Callable] = {
+    "run": run,
+    "eval": eval_,
+    "judge": judge,
+    "play": play,
+    "envs": envs,
+    "bench": bench,
+    "data": data,
+}
 GROUPS: dict[str, dict[str, Callable]] = {"bench": BENCHES, "data": {"list": data_list, "fetch": data_fetch}}
 
 

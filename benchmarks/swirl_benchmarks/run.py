@@ -22,11 +22,11 @@ from swirl_algos.filters import FILTERS
 from tyro.conf import Positional
 
 from swirl_benchmarks import evaluate, stages
+from swirl_benchmarks.judging import open_judge
 from swirl_benchmarks.metrics import paired_difference, process_score
 from swirl_env.env import ToolEnv
 from swirl_env.errors import ConfigError, UnknownNameError, near
 from swirl_env.io import Writer
-from swirl_env.judges import make_judge
 from swirl_env.types import Trajectory
 
 
@@ -47,7 +47,9 @@ class RunConfig:
     filter: str = "process"
     """which trajectories to train on: none, process, outcome or both"""
     judge: str = "rules"
-    """who scores the steps: rules, or module:attribute"""
+    """who scores the steps: rules, gold-steps, outcome, model:URL, model:NAME, module:attribute, several joined by +, or JSON"""
+    unknown_limit: float = 0.2
+    """share of unknown verdicts above which the run stops"""
     kwargs: str = "{}"
     """arguments of the environment as JSON, such as '{"tools": ["search", "mine:population"]}'"""
     path: str | None = None
@@ -84,7 +86,7 @@ def run(config: RunConfig, folder: Path, console: Console, command: str = "") ->
     """
     started = time.monotonic()
     _check(config)
-    judge = make_judge(config.judge)
+    judge = open_judge(config.judge)
     train, test = (_maker(config, split) for split in ("train", "test"))
     train_env, test_env = train().unwrapped, test().unwrapped
     _claim(folder, config)
@@ -118,7 +120,7 @@ def run(config: RunConfig, folder: Path, console: Console, command: str = "") ->
             test, model.policy(name, config.eval_temperature), unseen, folder / "eval" / f"{name}.unjudged.jsonl", seed=config.seed,
             batch_size=config.batch_size, name=f"evaluate {name}",
         )  # fmt: skip
-        evaluations[name] = stages.judge(acted, judge, path)
+        evaluations[name] = stages.judge(acted, judge, path, config.unknown_limit)
 
     measure("base")
     if not _complete(folder / "warm_start"):
@@ -136,7 +138,7 @@ def run(config: RunConfig, folder: Path, console: Console, command: str = "") ->
         train, model.policy("warm_start", config.temperature), practised, folder / "trajectories.jsonl", samples=config.samples,
         seed=config.seed, batch_size=config.batch_size,
     )  # fmt: skip
-    judged = stages.judge(sampled, judge, folder / "judged.jsonl")
+    judged = stages.judge(sampled, judge, folder / "judged.jsonl", config.unknown_limit)
     kept = stages.filter_by(config.filter, judged, folder / "kept.jsonl")
     console.print(
         f"stage 1: {len(judged)} trajectories, {len(kept.kept)} kept by the {config.filter} filter, {kept.dropped} dropped, "
@@ -221,6 +223,8 @@ def _check(config: RunConfig) -> None:
         raise ConfigError(
             f"swirl.temperature must be above 0 to sample different actions, got {config.swirl.temperature}."
         )
+    if not 0 <= config.unknown_limit <= 1:
+        raise ConfigError(f"unknown_limit must lie in [0, 1], got {config.unknown_limit}.")
     if config.filter not in FILTERS:
         raise UnknownNameError(f"No filter is called {config.filter!r}.{near(config.filter, FILTERS)}")
 

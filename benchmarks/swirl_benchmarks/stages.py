@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 from swirl_agents.rollout import rollout
@@ -90,7 +91,7 @@ def judge(trajectories: Iterable[Trajectory], judge: Judge, path: Path, unknown_
         and not _unknown(trajectory)
     }
     if len(done) < len(found):
-        _rewrite(path, done.values())
+        rewrite(path, done.values())
     missing = [trajectory for trajectory in trajectories if trajectory.key not in done]
     steps = unknown = 0
     reason = ""
@@ -116,7 +117,7 @@ def judge(trajectories: Iterable[Trajectory], judge: Judge, path: Path, unknown_
                     )
     finally:
         failures_file = "failures.jsonl" if path.stem == "judged" else f"{path.stem}.failures.jsonl"
-        _rewrite(path.with_name(failures_file), [failure for one in done.values() for failure in _unknown(one)])
+        rewrite(path.with_name(failures_file), [failure for one in done.values() for failure in _unknown(one)])
     return [done[trajectory.key] for trajectory in trajectories]
 
 
@@ -167,11 +168,11 @@ def _unknown(trajectory: Trajectory) -> list[Failure]:
     ]
 
 
-def _rewrite(path: Path, records: Iterable) -> None:
+def rewrite(path: Path, records: Iterable) -> None:
     """The file anew, whole or not at all; none where there is no record."""
     part = path.with_name(path.name + ".part")
     part.unlink(missing_ok=True)
-    with Writer(part) as out:
+    with Writer[Any](part) as out:
         for record in records:
             out.write(record)
     if part.stat().st_size:
