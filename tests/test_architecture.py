@@ -17,7 +17,7 @@ PACKAGES = {
 FLOORS = list(PACKAGES)
 ROOMS = [
     {"types", "errors"},
-    {"spaces", "grammar", "answers", "numerals", "io"},
+    {"spaces", "grammar", "answers", "numerals", "io", "cache"},
     {"tools", "tasks"},
     {"judges"},
     {"env"},
@@ -54,7 +54,7 @@ def test_rooms_of_swirl_env(path):
         parts = name.split(".")
         if parts[0] == "swirl_env" and len(parts) > 1 and parts[1] in LEVEL:
             assert LEVEL[parts[1]] <= LEVEL[room], f"{path.name} imports {name}, which is a later room"
-        assert parts[0] not in ("torch", "transformers"), f"{path.name} imports {name}"
+        assert parts[0] not in ("torch", "transformers") or path.name == "dense.py", f"{path.name} imports {name}"
 
 
 def test_every_room_has_a_place():

@@ -5,6 +5,7 @@ it writes only what a reader of the transcript could: it calculates with numbers
 that are shown wherever some such query finds the paragraph.
 """
 
+import copy
 import re
 from collections.abc import Callable
 from functools import lru_cache
@@ -222,7 +223,7 @@ def _look_up(env: ToolEnv, task: Task, transcript: Transcript) -> Action:
     titles = list(dict.fromkeys(title for title, _ in task.meta["supporting_facts"]))
     search = env.tools.get("search")
     if isinstance(search, Search) and env.max_steps - taken > 1:
-        finder = Search(search.k, search.corpus)
+        finder = copy.copy(search)
         finder.bind(env.task_set.documents(task.id))
         queries = [call.arguments.get("query", "") for call in _calls(env.grammar, transcript)]
         evidence = "\n".join(said[1::2])
