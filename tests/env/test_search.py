@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from swirl_env.cache import build_once
 from swirl_env.errors import ConfigError, DataError, ToolError, UnknownNameError
-from swirl_env.tools.search import Bm25, Search, make_search, words
+from swirl_env.tools.search import Bm25, Search, bm25, make_search, words
 from swirl_env.tools.search.corpus import open_corpus
 from swirl_env.tools.search.hybrid import fuse
 from swirl_env.tools.search.ranking import top
@@ -58,8 +58,8 @@ TEXTS = st.lists(st.sampled_from(["a", "b", "c", "d", "e f", ""]), max_size=8).m
 
 
 @settings(max_examples=60)
-@given(st.lists(TEXTS, min_size=1, max_size=30), TEXTS, st.integers(1, 35))
-def test_bm25_ranks_as_the_sum_of_its_definition(texts, query, k):
+@given(st.lists(TEXTS, min_size=1, max_size=30), TEXTS, st.integers(1, 35), st.sampled_from([0, 200_000]))
+def test_bm25_ranks_as_the_sum_of_its_definition(texts, query, k, few):
     documents = [Document("", text) for text in texts]
     lengths = [max(1, len(words(text))) for text in texts]
     mean = np.mean(lengths)
@@ -73,7 +73,9 @@ def test_bm25_ranks_as_the_sum_of_its_definition(texts, query, k):
         return total
 
     scores = [score(i) for i in range(len(texts))]
-    found = Bm25(documents).rank(query, k)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bm25, "_FEW", few)  # 0: the way of large corpora
+        found = Bm25(documents).rank(query, k)
     assert len(found) == min(k, sum(value > 0 for value in scores))
     assert [scores[i] for i in found] == pytest.approx(sorted(scores, reverse=True)[: len(found)], rel=1e-4)
 

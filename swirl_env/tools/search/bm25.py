@@ -1,14 +1,17 @@
 """BM25 in process: Lucene's variant (k1 = 1.5, b = 0.75) over titles and texts, indexed by the library `bm25s`.
 
 For every word the index holds the documents that have it (ascending) and what it adds to their scores. A query adds up
-the lists of its words. For a corpus file the index is built once, kept in the cache folder and memory-mapped from then
+the lists of its words, rare ones first; once no other document can reach the best k, frequent words are looked up for
+those in the race alone (MaxScore: Turtle and Flood, "Query evaluation: strategies and optimizations", 1995), which is
+exact. For a corpus file the index is built once, kept in the cache folder and memory-mapped from then
 on, the vocabulary too, so that opening it costs milliseconds at any size.
 """
 
 import logging
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 import bm25s
@@ -23,8 +26,12 @@ from swirl_env.types import Document
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG and tells of every index
 
 _WORD = re.compile(r"\w+")
-_SHORT = 20_000
+_FEW = 200_000
+"""Entries of all lists of a query that are simply added up."""
+_SHORT = 50_000
 """Documents in a list that is short enough to take a bound from."""
+_ROUNDING = 1e-4
+"""More than float32 sums of scores can be off."""
 _PARTS = ("data", "indices", "indptr")
 
 
@@ -43,7 +50,7 @@ class Bm25:
         if isinstance(documents, Corpus):
             folder = documents.folder.parent / f"bm25-{FORMAT}-{bm25s.__version__}"
             build_once(folder, self._write)
-            self._lists = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _PARTS}
+            self._lists = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in _PARTS}
             self._vocabulary = _Vocabulary(folder)
         else:
             self._lists, self._vocabulary = _index(documents)
@@ -56,21 +63,40 @@ class Bm25:
 
     def rank(self, query: str, k: int) -> list[int]:
         """Positions of up to `k` documents that share a word with the query, best first; ties keep the order."""
-        scores_N = np.zeros(len(self.documents), np.float32)
-        found = []
+        lists = sorted(self._found(query), key=lambda found: len(found[0]))
+        scores_N, done = np.zeros(len(self.documents), np.float32), 0
+        if sum(len(ids) for ids, _ in lists) <= _FEW:
+            for ids, gains in lists:
+                np.add.at(scores_N, ids, gains)
+            kept = np.flatnonzero(scores_N)
+            return kept[top(scores_N[kept], k)].tolist()
+        # what the lists from here on can still add to any document
+        rest = np.cumsum([0.0, *(gains.max() for _, gains in reversed(lists))])[::-1] + _ROUNDING
+        bound = 0.0
+        while done < len(lists) and bound <= rest[done]:
+            ids, gains = lists[done]
+            np.add.at(scores_N, ids, gains)
+            done += 1
+            if k <= len(ids) <= _SHORT:  # the k-th best of these is a lower bound of the k-th best of all
+                bound = max(bound, float(np.partition(scores_N[ids], -k)[-k]))
+        kept = np.flatnonzero(scores_N > max(0.0, bound - rest[done]))
+        scores = scores_N[kept]
+        for j in range(done, len(lists)):  # frequent words: only for the documents that are still in the race
+            ids, gains = lists[j]
+            at = np.minimum(np.searchsorted(ids, kept), len(ids) - 1)
+            scores += np.where(ids[at] == kept, gains[at], np.float32(0))
+            bound = max(bound, float(np.partition(scores, -k)[-k]))
+            racing = scores > bound - rest[j + 1]
+            kept, scores = kept[racing], scores[racing]
+        return kept[top(scores, k)].tolist()
+
+    def _found(self, query: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(documents, what the word adds to each) of each word of the query that the index knows."""
         for word in words(query):
             at = self._vocabulary.get(word)
             if at is not None:
                 part = slice(self._lists["indptr"][at], self._lists["indptr"][at + 1])
-                found.append(self._lists["indices"][part])
-                np.add.at(scores_N, found[-1], self._lists["data"][part])
-        if not found:
-            return []
-        # the k-th best of a word's documents is a lower bound of the k-th best of all: what is below need not be sorted
-        short = [ids for ids in found if k <= len(ids) <= _SHORT]
-        bound = max((np.partition(scores_N[ids], -k)[-k] for ids in short), default=np.float32(0))
-        kept = np.flatnonzero(scores_N >= bound if bound > 0 else scores_N)
-        return kept[top(scores_N[kept], k)].tolist()
+                yield self._lists["indices"][part], self._lists["data"][part]
 
     def search(self, query: str, k: int) -> list[Document]:
         """The documents of `rank`."""
@@ -94,9 +120,10 @@ class _Vocabulary:
     """Word -> number, memory-mapped: the words in order of their bytes, found by bisection."""
 
     def __init__(self, folder: Path):
-        self._bytes = np.memmap(folder / "words.bin", np.uint8, "r")
-        self._ends = np.load(folder / "word_ends.npy", mmap_mode="r")
-        self._numbers = np.load(folder / "word_numbers.npy", mmap_mode="r")
+        with (folder / "words.bin").open("rb") as file:
+            self._bytes = mmap(file.fileno(), 0, access=ACCESS_READ)
+        self._ends = memoryview(np.load(folder / "word_ends.npy", mmap_mode="r"))
+        self._numbers = memoryview(np.load(folder / "word_numbers.npy", mmap_mode="r"))
 
     @staticmethod
     def write(folder: Path, vocabulary: dict[str, int]) -> None:
@@ -107,9 +134,9 @@ class _Vocabulary:
         np.save(folder / "word_numbers.npy", np.array([number for _, number in ordered], np.int32))
 
     def _word(self, at: int) -> bytes:
-        return self._bytes[self._ends[at - 1] if at else 0 : self._ends[at]].tobytes()
+        return self._bytes[self._ends[at - 1] if at else 0 : self._ends[at]]
 
     def get(self, word: str) -> int | None:
         key = word.encode(errors="surrogatepass")
         at = bisect_left(range(len(self._ends)), key, key=self._word)
-        return int(self._numbers[at]) if at < len(self._ends) and self._word(at) == key else None
+        return self._numbers[at] if at < len(self._ends) and self._word(at) == key else None

@@ -9,6 +9,7 @@ import json
 from array import array
 from collections.abc import Sequence
 from functools import lru_cache
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,9 @@ class Corpus(Sequence[Document]):
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._ends = np.load(folder / "ends.npy", mmap_mode="r")
-        self._bytes = np.memmap(folder / "documents.bin", np.uint8, "r")
+        self._ends = memoryview(np.load(folder / "ends.npy", mmap_mode="r"))
+        with (folder / "documents.bin").open("rb") as file:
+            self._bytes = mmap(file.fileno(), 0, access=ACCESS_READ)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -43,7 +45,7 @@ class Corpus(Sequence[Document]):
             return [self[i] for i in range(*at.indices(len(self)))]
         at = range(len(self))[at]
         start = self._ends[at - 1] if at else 0
-        return Document(*json.loads(self._bytes[start : self._ends[at]].tobytes()))
+        return Document(*json.loads(self._bytes[start : self._ends[at]]))
 
 
 def write(file: Path, folder: Path) -> None:
