@@ -63,11 +63,16 @@ class Dense:
 
     def rank(self, query: str, k: int) -> list[int]:
         """Positions of the `k` nearest documents, nearest first; ties keep the order."""
-        return top(self._vectors_ND @ self.encoder.encode([query], query=True)[0], k)
+        return top(self._vectors_ND @ _query_vector(self.encoder, query), k)
 
 
 def _texts(documents: Sequence[Document]) -> list[str]:
     return [f"{document.title}\n{document.text}" for document in documents]
+
+
+@lru_cache(maxsize=4096)
+def _query_vector(encoder: "Encoder", query: str) -> np.ndarray:
+    return encoder.encode([query], query=True)[0]  # float32[D]; samples of one task ask the same again and again
 
 
 class Encoder:
