@@ -81,7 +81,7 @@ def test_bm25_ranks_as_the_sum_of_its_definition(texts, query, k, few):
 
 
 def test_fusion_by_hand():
-    # 0: 1/61 + 1/63, 1: 1/62 + 1/61, 2: 1/63, 3: 1/62
+    # 0: 1/11 + 1/13, 1: 1/12 + 1/11, 2: 1/13, 3: 1/12
     assert fuse([[0, 1, 2], [1, 3, 0]]) == [1, 0, 3, 2]
     assert fuse([[5, 4], []]) == [5, 4]
     assert fuse([]) == []

@@ -1,7 +1,9 @@
 """Hybrid retrieval: BM25 and dense ranks joined by reciprocal rank fusion.
 
-Each ranking gives a document 1 / (60 + rank), ranks from 1, and the sums are sorted (Cormack, Clarke and Buettcher,
-"Reciprocal Rank Fusion outperforms Condorcet and individual Rank Learning Methods", SIGIR 2009, with their constant).
+Each ranking gives a document 1 / (10 + rank), ranks from 1, and the sums are sorted (Cormack, Clarke and Buettcher,
+"Reciprocal Rank Fusion outperforms Condorcet and individual Rank Learning Methods", SIGIR 2009). Their constant is 60;
+10, which trusts the first ranks more, was chosen on training questions of HotPotQA and MuSiQue (recall@2 and @5 of 400
+and 100 questions: 0.668, 0.834 and 0.439, 0.582, against 0.656, 0.819 and 0.437, 0.558 with 60).
 """
 
 from collections.abc import Sequence
@@ -13,7 +15,7 @@ from swirl_env.types import Document
 
 DEPTH = 100
 """How far down each ranking is read."""
-CONSTANT = 60
+CONSTANT = 10
 
 
 def fuse(rankings: Sequence[Sequence[int]]) -> list[int]:
