@@ -63,7 +63,7 @@ class Dense:
 
     def rank(self, query: str, k: int) -> list[int]:
         """Positions of the `k` nearest documents, nearest first; ties keep the order."""
-        return top(self._vectors_ND @ _query_vector(self.encoder, query), k)
+        return top(self._vectors_ND @ query_vector(self.encoder, query), k)
 
 
 def _texts(documents: Sequence[Document]) -> list[str]:
@@ -71,8 +71,9 @@ def _texts(documents: Sequence[Document]) -> list[str]:
 
 
 @lru_cache(maxsize=4096)
-def _query_vector(encoder: "Encoder", query: str) -> np.ndarray:
-    return encoder.encode([query], query=True)[0]  # float32[D]; samples of one task ask the same again and again
+def query_vector(encoder: "Encoder", query: str) -> np.ndarray:
+    """float32[D] of a query; kept, for the samples of a task often ask the same."""
+    return encoder.encode([query], query=True)[0]
 
 
 class Encoder:
