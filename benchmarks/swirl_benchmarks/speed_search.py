@@ -13,6 +13,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,8 @@ def search_figures(
                     continue
                 row: dict[str, Any] = {"paragraphs": size, "library": library}
                 for step in (_build, _query):  # a fresh process each: memory is its own
-                    with multiprocessing.get_context("spawn").Pool(1) as pool:
-                        row |= pool.apply(step, (library, str(corpus), folder, asked))
+                    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                        row |= process.submit(step, library, str(corpus), folder, asked).result()
                 report["rows"].append({**row, "target": TARGETS.get(size, {})})
     return report
 

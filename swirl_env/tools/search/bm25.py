@@ -5,6 +5,10 @@ the lists of its words, rare ones first; once no other document can reach the be
 those in the race alone (MaxScore: Turtle and Flood, "Query evaluation: strategies and optimizations", 1995), which is
 exact. For a corpus file the index is built once, kept in the cache folder and memory-mapped from then
 on, the vocabulary too, so that opening it costs milliseconds at any size.
+
+Chosen by measurement beside tantivy 0.27 (`swirl bench speed --only search`; processor time of a query, 2 busy cores): at
+12,000 paragraphs 0.49 against 0.66 ms, at 1,000,000 9.4 against 22.1 ms; tantivy needs less memory (250 against 637 MB
+resident, 0.35 against 4.0 GB to build) and builds faster (169 against 298 s).
 """
 
 import logging
