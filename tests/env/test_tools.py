@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swirl_env.errors import ConfigError, ToolError
+from swirl_env.errors import ConfigError, DataError, ToolError
 from swirl_env.tools import Search, calculator, call_tool, make_tool, tool
 from swirl_env.tools.calculator import evaluate
 from swirl_env.types import Document, ToolCall
@@ -112,7 +112,7 @@ def test_search_in_a_corpus(tmp_path):
     assert pickle.loads(pickle.dumps(search))(query="zebra") == search(query="zebra")
     corpus_without_text = tmp_path / "bad.jsonl"
     corpus_without_text.write_text('{"title": "Zebra"}\n')
-    with pytest.raises(ConfigError, match="bad.jsonl:1"):
+    with pytest.raises(DataError, match="bad.jsonl:1"):
         Search(corpus=str(corpus_without_text))
 
 
