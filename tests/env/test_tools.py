@@ -47,10 +47,13 @@ def test_calculates_what_people_write(expression, result):
     ],
 )  # fmt: skip
 def test_refuses_in_a_sentence_and_fast(expression, says):
-    start = time.process_time()
-    with pytest.raises(ToolError, match=says.replace("(", r"\(")):
-        evaluate(expression)
-    assert time.process_time() - start < 0.05
+    seconds = []
+    for _ in range(3):  # one of them may meet a collection of garbage
+        start = time.process_time()
+        with pytest.raises(ToolError, match=says.replace("(", r"\(")):
+            evaluate(expression)
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 0.05
 
 
 @given(st.integers(-(10**30), 10**30), st.integers(-(10**30), 10**30), st.sampled_from("+-*"))

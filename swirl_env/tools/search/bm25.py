@@ -1,5 +1,9 @@
 """BM25 in process: Lucene's variant (k1 = 1.5, b = 0.75) over titles and texts, indexed by the library `bm25s`.
 
+A title's words count three times. On training questions (500 of HotPotQA over 12,000 paragraphs, 100 of MuSiQue over 6,088) this
+took recall@2 from 0.638 to 0.670 and from 0.403 to 0.427, recall@5 from 0.803 to 0.812 and from 0.497 to 0.536; four times
+was like three, and neither stemming nor leaving out function words helped.
+
 For every word the index holds the documents that have it (ascending) and what it adds to their scores. A query adds up
 the lists of its words, rare ones first; once no other document can reach the best k, frequent words are looked up for
 those in the race alone (MaxScore: Turtle and Flood, "Query evaluation: strategies and optimizations", 1995), which is
@@ -29,6 +33,8 @@ from swirl_env.types import Document
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG and tells of every index
 
+TITLE_WEIGHT = 3
+"""How often a title's words count."""
 _WORD = re.compile(r"\w+")
 _FEW = 200_000
 """Entries of all lists of a query that are simply added up."""
@@ -112,7 +118,7 @@ def _index(documents: Sequence[Document]) -> tuple[dict[str, np.ndarray], dict[s
     quiet = not isinstance(documents, Corpus) or len(documents) < 50_000
     vocabulary: dict[str, int] = {}
     tokens = [
-        [vocabulary.setdefault(word, len(vocabulary)) for word in words(f"{d.title} {d.text}") or [""]]
+        [vocabulary.setdefault(word, len(vocabulary)) for word in words(f"{d.title} " * TITLE_WEIGHT + d.text) or [""]]
         for d in tqdm(documents, "index", unit="paragraph", disable=quiet)
     ]
     index = bm25s.BM25()

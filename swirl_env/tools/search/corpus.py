@@ -20,7 +20,7 @@ from swirl_env.errors import DataError
 from swirl_env.io import read_official
 from swirl_env.types import Document
 
-FORMAT = 1
+FORMAT = 2
 """Raised when what is kept on disk changes."""
 
 
