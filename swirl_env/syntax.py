@@ -161,11 +161,15 @@ class Tags(Syntax):
             rf"<{GAP}(/?){GAP}({'|'.join(map(re.escape, [*self._tool_of, *callers, answer, self._think]))}){GAP}>",
             re.I | re.A,
         )
+        # the usual action: one thought, nothing beside it and no `<` in it
+        self._plain_thought = re.compile(rf"\s*<{re.escape(self._think)}>([^<]*)</{re.escape(self._think)}>\s*")
         self.stop = tuple(f"</{tag}>" for tag in (*callers, answer))
 
     _opening = re.compile(rf"<{GAP}({NAME}){GAP}>")
 
     def read(self, text: str) -> Parts:
+        if plain := self._plain_thought.fullmatch(text):
+            return Parts([plain[1]])
         parts = Parts()
         tags = list(self._tag.finditer(text))
         last_closing = {tag[2].lower(): i for i, tag in enumerate(tags) if tag[1]}

@@ -219,3 +219,18 @@ def test_draw_seeds_differ():
     seeds = {draw_seed(s, t, k, r, i) for s in (0, 1) for t in "ab" for k in (0, 1) for r in (0, 1) for i in range(5)}
     assert len(seeds) == 80
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_alternatives_hold_what_was_sampled():
+    policy = LocalPolicy(MODEL, TOKENIZER, max_new_tokens=5, top_logprobs=8)
+    [[one]] = policy([state("what is 1 + 2", seed=3)])
+    logprobs = one.tokens.logprobs[one.tokens.sampled].tolist()
+    assert len(one.alternatives) == len(logprobs)
+    assert all(max(place.values()) >= logprob - 1e-5 for place, logprob in zip(one.alternatives, logprobs, strict=True))
+    [[greedy]] = LocalPolicy(MODEL, TOKENIZER, max_new_tokens=5, top_logprobs=2, temperature=0.0)([state("?")])
+    best = [max(place, key=place.get) for place in greedy.alternatives]
+    assert best == [RENDERER.decode([token]) for token in greedy.tokens.action_ids]
+    assert [max(place.values()) for place in greedy.alternatives] == pytest.approx(
+        greedy.tokens.logprobs[greedy.tokens.sampled].tolist(), abs=1e-5
+    )
+    assert LocalPolicy(MODEL, TOKENIZER, max_new_tokens=2)([state("?")])[0][0].alternatives is None
