@@ -92,9 +92,17 @@ class LocalPolicy:
         )
         alternatives = None
         if self.top_logprobs:
-            alternatives = tuple({self.renderer.decode([i]): p for i, p in place.items()} for place in row.alternatives)
+            alternatives = tuple(self._texts(place) for place in row.alternatives)
         assert row.finish is not None
         return Completion(self.renderer.decode(ids), tokens, row.finish, alternatives)  # type: ignore[arg-type]
+
+    def _texts(self, place: dict[int, float]) -> dict[str, float]:
+        """Token text -> log-prob in nats; several tokens of one text count together."""
+        texts: dict[str, float] = {}
+        for token, logprob in place.items():
+            text = self.renderer.decode([token])
+            texts[text] = float(np.logaddexp(texts.get(text, -np.inf), logprob))
+        return texts
 
     @torch.inference_mode()
     def _sample(self, ids: list[np.ndarray], transcripts: list[Transcript], n: int) -> list[list["_Row"]]:
