@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from swirl_benchmarks.metrics import bootstrap, paired_difference, process_score, summary, wilson
+from swirl_benchmarks.metrics import _mean, bootstrap, paired_difference, process_score, summary, wilson
 
 from swirl_env.types import Action, EnvRecord, Message, Step, Task, ToolResult, Trajectory, Verdict
 
@@ -94,3 +94,10 @@ def test_pairs_by_hand():
     estimate = paired_difference(before, after, process_score)
     assert estimate.mean == pytest.approx(0.15)  # a +0.2, b +0.1; c and d have no pair
     assert paired_difference([], after, process_score).mean is None
+
+
+def test_a_macro_average_weighs_sources_alike():
+    estimate = _mean([1.0, 1.0, 1.0, 0.0, 0.5], ["a", "a", "a", "a", "b"])
+    assert estimate.mean == pytest.approx((0.75 + 0.5) / 2)
+    assert estimate.low < estimate.mean < estimate.high
+    assert _mean([1.0, 0.0], ["a", "a"]) == _mean([1.0, 0.0])

@@ -1,0 +1,165 @@
+"""Judging recorded runs: nothing twice, nothing lost, unknown verdicts asked again, two judges compared."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from swirl_agents.rollout import rollout
+from swirl_agents.scripted import oracle
+from swirl_benchmarks import evaluate, stages
+from swirl_benchmarks.judging import Disagreement, open_judge, rejudge
+
+from swirl_env.errors import ConfigError, UnknownNameError
+from swirl_env.io import Writer, read
+from swirl_env.judges.cache import Cached
+from swirl_env.types import Trajectory, Verdict
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """30 oracle episodes of GSM8K."""
+
+    def make():
+        return evaluate.make("swirl/GSM8K-v0", judge=None, reward="outcome")
+
+    env = make().unwrapped
+    return list(rollout(make, oracle(env), [(task_id, 0) for task_id in list(env.task_set.tasks)[:30]]))
+
+
+class Server:
+    """A judge of the kind that asks a server: it bears many threads, and fails now and then."""
+
+    name, uses_gold, concurrency = "server@1", False, 16
+
+    def __init__(self, fails=lambda text: False, seconds=0.0):
+        self.fails, self.seconds, self.asked = fails, seconds, []
+        self.threads, self.lock = set(), threading.Lock()
+
+    def __call__(self, views):
+        time.sleep(self.seconds)
+        with self.lock:
+            self.asked += [view.action.text for view in views]
+            self.threads.add(threading.current_thread().name)
+        return [Verdict(None if self.fails(view.action.text) else 0.7, "because", self.name) for view in views]
+
+
+def keys(path):
+    return [trajectory.key for trajectory in read(path, Trajectory)]
+
+
+def test_in_order_in_threads_and_only_once(recorded, tmp_path):
+    judge = Server(seconds=0.01)
+    judged = stages.judge(recorded, judge, tmp_path / "judged.jsonl")
+    assert [t.key for t in judged] == [t.key for t in recorded] == keys(tmp_path / "judged.jsonl")
+    assert all(step.verdict.score == 0.7 for t in judged for step in t.steps)
+    assert len(judge.threads) > 4
+    assert len(judge.asked) == sum(len(t.steps) for t in recorded)
+    again = Server()
+    assert stages.judge(recorded, again, tmp_path / "judged.jsonl") == judged
+    assert again.asked == []
+    assert not (tmp_path / "failures.jsonl").exists()
+
+
+def test_what_is_unknown_is_listed_and_asked_again(recorded, tmp_path):
+    path = tmp_path / "judged.jsonl"
+    first = Server(lambda text: "<answer>" in text)
+    stages.judge(recorded, first, path)
+    failures = list(read(tmp_path / "failures.jsonl", stages.Failure))
+    assert [(f.task, f.step, f.reason) for f in failures] == [
+        (t.task.id, len(t.steps) - 1, "because") for t in recorded
+    ]
+    second = Server(lambda text: "<answer>1" in text)
+    judged = stages.judge(recorded, second, path)
+    left = sum("<answer>1" in t.steps[-1].action.text for t in recorded)
+    assert sum(step.verdict.score is None for t in judged for step in t.steps) == left > 0
+    assert len(list(read(tmp_path / "failures.jsonl", stages.Failure))) == left
+    assert sorted(keys(path)) == sorted(t.key for t in recorded)  # each once
+
+
+def test_too_much_unknown_stops_and_keeps_what_was_judged(recorded, tmp_path):
+    path = tmp_path / "judged.jsonl"
+    with pytest.raises(stages.JudgeError, match=r"over the limit of 20%. The last reason: because"):
+        stages.judge(recorded, Server(lambda text: True), path, unknown_limit=0.2)
+    assert 0 < len(keys(path)) < len(recorded)
+    assert len(stages.judge(recorded, Server(), path, unknown_limit=0.2)) == len(recorded)
+
+
+def test_another_judge_judges_anew(recorded, tmp_path):
+    path = tmp_path / "judged.jsonl"
+    stages.judge(recorded, Server(), path)
+    other = Server()
+    other.name = "server@2"
+    judged = stages.judge(recorded, other, path)
+    assert {step.verdict.judge for t in judged for step in t.steps} == {"server@2"}
+    assert sorted(keys(path)) == sorted(t.key for t in recorded)
+
+
+def write(recorded, folder):
+    with Writer(folder / "trajectories.jsonl") as out:
+        for trajectory in recorded:
+            out.write(trajectory)
+
+
+def test_two_judges_are_compared(recorded, tmp_path):
+    write(recorded, tmp_path)
+
+    class Strict(Server):
+        name = "strict@1"
+
+        def __call__(self, views):
+            return [Verdict(0.0 if "<answer>" in v.action.text else 1.0, "strict", self.name) for v in views]
+
+    result = rejudge(tmp_path, [Server(), Strict()])
+    steps = sum(len(t.steps) for t in recorded)
+    assert result["agreement"]["steps"] == steps
+    assert result["agreement"]["share"] == pytest.approx(1 - len(recorded) / steps)
+    assert result["agreement"]["kappa"] == pytest.approx(0)  # one of them always says GOOD
+    found = list(read(tmp_path / "disagreements.jsonl", Disagreement))
+    assert result["disagreements"] == len(found) == len(recorded)
+    assert found[0].scores == (0.7, 0.0)
+    assert found[0].reasons == ("because", "strict")
+
+
+def test_a_cache_is_asked_once_for_all_runs(recorded, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write(recorded, tmp_path / name)
+    judge = Cached(Server(), tmp_path / "verdicts.db")
+    first, second = (rejudge(tmp_path / name, [judge])["judges"]["server@1"] for name in ("a", "b"))
+    steps = sum(len(t.steps) for t in recorded)
+    assert (first["asked"] + first["cached"], second["asked"], second["cached"]) == (steps, 0, steps)
+
+
+def test_nothing_to_judge_is_told(tmp_path):
+    with pytest.raises(ConfigError, match="holds no trajectory"):
+        rejudge(tmp_path, [Server()])
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "says"),
+    [
+        ("ruls", UnknownNameError, "Did you mean 'rules'"),
+        ('{"combine": ', ConfigError, "not JSON"),
+        ("model:/no/such/folder", ConfigError, "no model folder"),
+    ],
+)
+def test_judges_of_the_command_line(text, error, says):
+    with pytest.raises(error, match=says):
+        open_judge(text)
+
+
+def test_swirl_judge(recorded, tmp_path):
+    write(recorded, tmp_path)
+    command = [sys.executable, "-m", "swirl_benchmarks.cli", "judge", str(tmp_path), "--judge", "rules", "--judge"]
+    done = subprocess.run([*command, "gold-steps", "--json", str(tmp_path / "o.json")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "They agree on" in done.stdout
+    figures = json.loads((tmp_path / "o.json").read_text())
+    assert figures["judges"]["rules@1"]["process"]["mean"] > 0.9
+    assert (tmp_path / "judged-gold-steps@1.jsonl").exists()
+    done = subprocess.run([*command, "nope"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "No judge is called 'nope'" in done.stderr
