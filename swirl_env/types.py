@@ -255,10 +255,12 @@ class StepView:
 @dataclass(frozen=True, slots=True)
 class Completion:
     text: str
-    """decode(sampled ids), an overrun past a stop string included."""
+    """decode(sampled ids), an overrun past a stop string included; with `finish="error"` the reason, in one line."""
     tokens: Tokens | None
-    finish: Literal["stop", "eos", "length"]
-    """A stop string, the model's own end of turn, or the token limit."""
+    finish: Literal["stop", "eos", "length", "error"]
+    """A stop string, the model's own end of turn, the token limit, or no reply to be had (`tokens` is `None`)."""
+    alternatives: tuple[dict[str, float], ...] | None = None
+    """For each generated token the text and log-prob (nats) of the likeliest candidates; `None`: not asked or not given."""
 
 
 class Tool(Protocol):
