@@ -194,7 +194,8 @@ class ChatClient:
             try:
                 models = self._models()
             except Failure as failure:
-                raise ConfigError(failure.reason) from None
+                hint = f" Name its model, as in {PREFIX}{self.url}#MODEL." if failure.kind == "passing" else ""
+                raise ConfigError(failure.reason + hint) from None
             if len(models) != 1:
                 raise ConfigError(
                     f"{self.url} lists {len(models)} models ({', '.join(models[:8]) or 'none'}): name the one to ask, as in "

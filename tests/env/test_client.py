@@ -3,6 +3,7 @@
 import multiprocessing
 import pickle
 import re
+import socketserver
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -238,6 +239,23 @@ def test_a_server_that_drips_bytes_is_cut_off():
         began = time.perf_counter()
         assert only(client([state()])).finish == "error"
         assert time.perf_counter() - began < 8  # the whole reply would take half a minute each time
+
+
+def test_a_server_that_drips_headers_is_cut_off():
+    class Drip(socketserver.BaseRequestHandler):
+        def handle(self):
+            for letter in b"HTTP/1.1 200 OK\r\nX-Slow: " + b"x" * 100:
+                self.request.sendall(bytes([letter]))
+                time.sleep(0.1)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Drip) as server:
+        server.daemon_threads, server.block_on_close = True, False
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        client = ChatClient(f"http://127.0.0.1:{server.server_address[1]}/v1", "test", timeout=0.4, retries=0)
+        began = time.perf_counter()
+        assert "no whole reply within 0.4 s" in only(client([state()])).text
+        assert time.perf_counter() - began < 5
+        server.shutdown()
 
 
 def test_the_deadline_of_a_transcript_holds():
