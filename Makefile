@@ -32,6 +32,7 @@ test: $(VENV)/.ready
 	$(BIN)/python -m pytest -q
 
 test-slow: $(VENV)/.ready
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[slow,speed]"
 	$(BIN)/python -m pytest -q -m "slow or not slow"
 
 lint: $(VENV)/.ready

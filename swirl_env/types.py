@@ -277,8 +277,11 @@ class Tool(Protocol):
 class Judge(Protocol):
     """Batch in, batch out, same order and length. What cannot be judged is `score=None` with the reason, never 0."""
 
-    name: str
-    uses_gold: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def uses_gold(self) -> bool: ...
 
     def __call__(self, views: list[StepView]) -> list[Verdict]: ...
 
@@ -286,7 +289,8 @@ class Judge(Protocol):
 class Policy(Protocol):
     """`n` completions for each transcript. Knows nothing of environments."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def __call__(self, transcripts: list[Transcript], n: int = 1) -> list[list[Completion]]: ...
 

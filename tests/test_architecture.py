@@ -17,7 +17,7 @@ PACKAGES = {
 FLOORS = list(PACKAGES)
 ROOMS = [
     {"types", "errors"},
-    {"names", "spaces", "syntax", "grammar", "answers", "numerals", "io", "cache"},
+    {"names", "spaces", "syntax", "grammar", "answers", "numerals", "io", "cache", "transport", "client"},
     {"tools", "tasks"},
     {"judges"},
     {"env"},

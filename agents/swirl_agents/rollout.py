@@ -5,6 +5,7 @@ from (seed, task, sample, step), so order and batching change nothing but roundi
 """
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -45,6 +46,10 @@ class _Episode:
         if completion is None:
             self.stop = "token_limit"
             return
+        if completion.finish == "error":
+            self.stop = "error"
+            warnings.warn(f"{self.task_id}: {completion.text} (the episode ends)", RuntimeWarning, stacklevel=3)
+            return
         _, _, terminated, truncated, info = self.env.step(completion.text)
         self.transcript = info["transcript"]
         self.steps.append(replace(info["step"], tokens=completion.tokens))
@@ -65,7 +70,8 @@ def rollout(
 
     Args:
         make_env: makes one environment over a `ToolEnv`; called at most `batch_size` times.
-        policy: acts at every state; a list without a completion means that the state is longer than its context.
+        policy: acts at every state; a list without a completion means that the state is longer than its context, and
+            one with `finish="error"` ends its episode (`stop="error"`, with a warning that says why).
         tasks: (task id, sample number) pairs.
         seed: of all draws.
         round: recorded in the trajectories.

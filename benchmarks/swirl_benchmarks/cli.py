@@ -52,7 +52,7 @@ def eval_(
 
     Args:
         env: environment id, such as swirl/HotPotQA-v0.
-        model: oracle, random, replay:FILE, smollm2-135m, a folder or a hub name.
+        model: oracle, random, replay:FILE, endpoint:URL, endpoint:URL#MODEL, smollm2-135m, a folder or a hub name.
         path: official file of tasks; none: the bundled test tasks.
         tasks: how many, drawn by the seed; none: all.
         samples: episodes a task.

@@ -9,10 +9,12 @@ import gymnasium as gym
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from swirl_agents.endpoint import EndpointPolicy
 from swirl_agents.scripted import SCRIPTED, make_scripted
 
 import swirl_env  # noqa: F401  registers the ids
 from swirl_benchmarks.metrics import Estimate, summary
+from swirl_env.client import PREFIX, make_endpoint
 from swirl_env.env import ToolEnv
 from swirl_env.errors import ConfigError, SwirlError, UnknownNameError, near
 from swirl_env.registration import ENVS
@@ -57,11 +59,15 @@ def read_kwargs(text: str) -> dict[str, Any]:
 
 
 def make_policy(name: str, env: gym.Env, *, temperature: float, max_new_tokens: int, seed: int) -> Policy:
-    """`oracle`, `random`, `replay:FILE`, or a model's name or folder."""
+    """`oracle`, `random`, `replay:FILE`, `endpoint:URL` or `endpoint:URL#MODEL`, or a model's name or folder."""
     base = env.unwrapped
     assert isinstance(base, ToolEnv)
     if name.partition(":")[0] in SCRIPTED:
         return make_scripted(name, base)
+    if name.startswith(PREFIX):
+        client = make_endpoint(name, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+        client.check()
+        return EndpointPolicy(client, base.grammar)
     from swirl_agents.local import LocalPolicy
     from swirl_agents.models import load_model
 
