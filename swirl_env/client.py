@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
-from swirl_env.errors import ConfigError, near
+from swirl_env.errors import ConfigError, UnknownArgumentError, near
 from swirl_env.transport import Exchange, Failure, Transport
 from swirl_env.types import Completion, Transcript
 
@@ -84,7 +84,7 @@ class ChatClient:
 
     Args:
         url: where the API begins, such as `http://127.0.0.1:8000/v1`. A user and password in it are used, never shown.
-        model: which of the server's models; `None`: its only one.
+        model: which of the server's models; `None`: its only one, which the server is asked for at once.
         temperature: of sampling.
         max_new_tokens: cap of one completion, in tokens.
         stop: strings to stop after; `None`: each transcript's own.
@@ -100,7 +100,7 @@ class ChatClient:
             `{"max_tokens": None, "max_completion_tokens": 512}` for a server that wants the newer name.
 
     Raises:
-        ConfigError: a value that cannot work. No server is asked before `check` or the first call.
+        ConfigError: a value that cannot work, or no model given and the server does not name just one.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class ChatClient:
                 raise ConfigError(f"{name} must be more than 0 seconds, got {value!r}.")
         if taken := _OWN_FIELDS & set(extra or {}):
             raise ConfigError(f"extra cannot hold {', '.join(sorted(taken))}: the client sets that.")
-        self.model, self.temperature, self.max_new_tokens, self.seed = model, temperature, max_new_tokens, seed
+        self.temperature, self.max_new_tokens, self.seed = temperature, max_new_tokens, seed
         self.stop, self.top_logprobs, self.extra = (
             None if stop is None else tuple(stop),
             top_logprobs,
@@ -131,6 +131,8 @@ class ChatClient:
         self._usage = Usage()
         self._most: int | None = None  # choices that the server gives at most
         self._prepare()
+        self.model = self._only_model() if model is None else model
+        self.name = f"{PREFIX}{self.model}"
 
     def _prepare(self) -> None:
         """What belongs to one process: threads and locks."""
@@ -154,11 +156,6 @@ class ChatClient:
         return self._transport.url
 
     @property
-    def name(self) -> str:
-        """`endpoint:MODEL`; the model is known once given, checked or asked."""
-        return f"{PREFIX}{self.model or 'unknown'}"
-
-    @property
     def parameters(self) -> dict[str, Any]:
         """What, beside the messages, its completions depend on."""
         names = ("url", "model", "temperature", "max_new_tokens", "stop", "top_logprobs", "seed", "extra")
@@ -178,8 +175,7 @@ class ChatClient:
         Raises:
             ConfigError: the server cannot be reached, refuses the key or the request, or has no such model.
         """
-        model = self._find_model()
-        body = self._body({"messages": [{"role": "user", "content": "Hi"}]}, model, 1, 0)
+        body = self._body({"messages": [{"role": "user", "content": "Hi"}]}, 1, 0)
         cap = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
         try:
             self._insist(Exchange({**body, cap: 1}, self.timeout))
@@ -189,26 +185,24 @@ class ChatClient:
                 return
             if failure.kind == "model":
                 try:
-                    known = near(model, self._models())
+                    known = near(self.model, self._models())
                 except Failure:
                     pass
             raise ConfigError(f"{failure.reason}{known}") from None
 
-    def _find_model(self) -> str:
-        """The model's name. Raises `ConfigError`."""
-        if self.model is None:
-            try:
-                models = self._models()
-            except Failure as failure:
-                hint = f" Name its model, as in {PREFIX}{self.url}#MODEL." if failure.kind == "passing" else ""
-                raise ConfigError(failure.reason + hint) from None
-            if len(models) != 1:
-                raise ConfigError(
-                    f"{self.url} lists {len(models)} models ({', '.join(models[:8]) or 'none'}): name the one to ask, as in "
-                    f"{PREFIX}{self.url}#MODEL."
-                )
-            self.model = models[0]
-        return self.model
+    def _only_model(self) -> str:
+        """The name of the server's one model. Raises `ConfigError`."""
+        try:
+            models = self._models()
+        except Failure as failure:
+            hint = f" Name its model, as in {PREFIX}{self.url}#MODEL." if failure.kind == "passing" else ""
+            raise ConfigError(failure.reason + hint) from None
+        if len(models) != 1:
+            raise ConfigError(
+                f"{self.url} lists {len(models)} models ({', '.join(models[:8]) or 'none'}): name the one to ask, as in "
+                f"{PREFIX}{self.url}#MODEL."
+            )
+        return models[0]
 
     def _models(self) -> list[str]:
         listed = self._insist(Exchange(None, self.timeout, "/models")).get("data")
@@ -267,10 +261,6 @@ class ChatClient:
             read: the text of a reply's message; an empty one counts as no reply.
         """
         done: list[list[Any]] = [[None] * n for _ in requests]
-        try:
-            model = self._find_model() if requests and n else ""
-        except ConfigError as error:
-            return [[Completion(str(error), None, "error")] * n for _ in requests]
         fresh = deque(part for i in range(len(requests)) for part in self._split(_Part(i, 0, n)))
         paused: list[tuple[float, int, _Part]] = []
         began: dict[int, float] = {}
@@ -288,7 +278,7 @@ class ChatClient:
                 while len(flying) < self.concurrency and (fresh or paused and paused[0][0] <= now):
                     part = heapq.heappop(paused)[2] if paused and paused[0][0] <= now else fresh.popleft()
                     left = began.setdefault(part.request, now) + self.deadline - now
-                    body = self._body(requests[part.request], model, part.n, part.first)
+                    body = self._body(requests[part.request], part.n, part.first)
                     attempt = _Attempt(body, min(self.timeout, left), part=part)
                     flying.add(attempt)
                     if left > 0:
@@ -321,10 +311,10 @@ class ChatClient:
         end = part.first + part.n
         return [_Part(part.request, i, min(size, end - i), part.tries) for i in range(part.first, end, size)]
 
-    def _body(self, request: dict[str, Any], model: str, n: int, first: int) -> dict[str, Any]:
+    def _body(self, request: dict[str, Any], n: int, first: int) -> dict[str, Any]:
         seed = self.seed if request.get("seed") is None else request["seed"]
         body = {
-            "model": model,
+            "model": self.model,
             **request,
             "temperature": self.temperature,
             "max_tokens": self.max_new_tokens,
@@ -461,6 +451,10 @@ def make_endpoint(name: str, **settings: Any) -> ChatClient:
 
     Raises:
         ConfigError: the name holds no address. Call `check` on the client to ask the server.
+        UnknownArgumentError: a setting that `ChatClient` does not take.
     """
+    known = set(ChatClient.__init__.__kwdefaults__ or ())
+    if unknown := set(settings) - known:
+        raise UnknownArgumentError(f"An endpoint has no setting {min(unknown)!r}.{near(min(unknown), known)}")
     url, _, model = name.removeprefix(PREFIX).partition("#")
     return ChatClient(url, model or None, **settings)

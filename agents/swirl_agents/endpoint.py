@@ -24,11 +24,7 @@ class EndpointPolicy:
     """
 
     def __init__(self, client: ChatClient, grammar: Grammar | None = None):
-        self.client, self.grammar = client, grammar
-
-    @property
-    def name(self) -> str:
-        return self.client.name
+        self.client, self.grammar, self.name = client, grammar, client.name
 
     def __call__(self, transcripts: list[Transcript], n: int = 1) -> list[list[Completion]]:
         """`n` completions for each transcript; one that failed says why (`finish="error"`)."""
