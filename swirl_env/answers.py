@@ -62,7 +62,13 @@ def token_f1(prediction: str, gold: str) -> float:
 
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
-_NUMBER = re.compile(rf"(?<![\w.])(-?)\s?[$€£]?\s?(-?)((?:{_DIGITS})(?:e[+-]?\d+\b)?)(?:\s?/\s?((?:{_DIGITS})))?", re.I)
+# never a part of something longer: 1,0000 and 1.2.3 are no numbers
+_NUMBER = re.compile(
+    rf"(?<![\w.])(?<!\d,)(-?)\s?[$€£]?\s?(-?)((?:{_DIGITS})(?:e[+-]?\d+\b)?)(?:\s?/\s?((?:{_DIGITS})))?(?!\d|[.,]\d)",
+    re.I,
+)
+_DASH = re.compile(r"[\u2212\u2013\u2014](?=\s?[$€£]?\s?\d)")
+_EQUALS = re.compile(r"(?<![!<>=])=(?!=)")
 
 
 def parse_number(text: str) -> Fraction | None:
@@ -70,7 +76,7 @@ def parse_number(text: str) -> Fraction | None:
 
     Reads `1,234`, `$1,000`, `72.`, `-3`, `3/4`, `50%` (as 50) and units (`72 km`); of an equation, the right side.
     """
-    text = text.replace("\u2212", "-").rsplit("=", 1)[-1]
+    text = _EQUALS.split(_DASH.sub("-", text))[-1]
     found = list(_NUMBER.finditer(text))
     if len(found) != 1:
         return None

@@ -5,6 +5,7 @@ tool results appended; `info["transcript"]` is the same as messages. Each step e
 A malformed action, an unknown tool, wrong arguments or a tool error is an observation that says what to write instead.
 """
 
+import copy
 import json
 import warnings
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from swirl_env.spaces import Unicode
 from swirl_env.tasks import load_tasks, options_of
 from swirl_env.tools import call_tool, make_tool, named_tools
 from swirl_env.tools.base import function_schema
+from swirl_env.tools.search import make_search
 from swirl_env.types import (
     Action,
     EnvRecord,
@@ -102,7 +104,14 @@ class ToolEnv(gym.Env[str, str]):
             raise UnknownNameError(f"reward={reward!r} is not known.{near(reward, REWARDS)}")
         if reward != "outcome" and judge is None:
             raise ConfigError(f"reward={reward!r} needs a judge: give judge='rules', or reward='outcome'.")
-        if not isinstance(outcome_weight, (int, float)) or not 0 <= outcome_weight <= 1:
+        for name, text in (("split", split), ("grammar", grammar), ("metric", metric or "")):
+            if not isinstance(text, str):
+                raise ConfigError(f"{name} must be a name, got {text!r}.")
+        if (
+            isinstance(outcome_weight, bool)
+            or not isinstance(outcome_weight, (int, float))
+            or not 0 <= outcome_weight <= 1
+        ):
             raise ConfigError(f"outcome_weight must lie in [0, 1], got {outcome_weight!r}.")
         if not isinstance(tools, (list, tuple)) or not all(isinstance(name, str) for name in tools):
             raise ConfigError(f"tools must be a list of names, such as ['search', 'module:attribute'], got {tools!r}.")
@@ -121,12 +130,14 @@ class ToolEnv(gym.Env[str, str]):
         self.task_set = load_tasks(tasks, split, path, instruction=instruction, metric=metric, **options)
         self.judge = None if judge is None else make_judge(judge)
         self.grammar = Grammar(grammar, [tool for name in tools for tool in named_tools(name, search)])
+        if search is not None and "search" not in tools:
+            make_search(search)  # a setting that cannot work is told, used or not
         self._task_ids = list(self.task_set.tasks)
-        self._kwargs = {
+        self._kwargs = copy.deepcopy({
             "split": split, "path": path, "tools": list(tools), "judge": judge, "reward": reward,
             "outcome_weight": outcome_weight, "grammar": grammar, "search": search, "instruction": instruction,
             "metric": metric, "max_steps": max_steps, "malformed_limit": malformed_limit, **options,
-        }  # fmt: skip
+        })  # fmt: skip
         self._done = True
         self._taken: Taken | None = None
         self.judge_name = None if judge is None else json.dumps(judge, sort_keys=True)
@@ -144,8 +155,9 @@ class ToolEnv(gym.Env[str, str]):
         return self.grammar.tools
 
     def set_tools(self, tools: Sequence[Any]) -> None:
-        """Offer these tools (`Tool`s or typed, documented functions) from the next reset on."""
+        """Offer these tools (`Tool`s or typed, documented functions). An episode that is running is given up: reset."""
         self.grammar = Grammar(self.grammar.dialect.name, map(make_tool, tools))
+        self._done = True
 
     def set_judge(self, judge: str | dict[str, Any] | Judge | None) -> None:
         """Ask another judge from the next step on: by name, as JSON, a live object, or none."""

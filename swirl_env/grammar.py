@@ -189,8 +189,10 @@ class Grammar:
         Raises:
             ValueError: nothing in this dialect reads back as this action (a thought that holds a tag, say).
         """
-        text = self.syntax.write(action.thought, action.calls, action.answer)
-        back = self.parse(text)
-        if (back.thought, back.calls, back.answer) != (action.thought, action.calls, action.answer):
-            raise ValueError(f"The {self.dialect.name} dialect cannot write {action}; it would be read back as {back}.")
-        return text
+        wanted = (action.thought, action.calls, action.answer)
+        for bare in (True, False):
+            text = self.syntax.write(*wanted, bare=bare)
+            back = self.parse(text)
+            if (back.thought, back.calls, back.answer) == wanted:
+                return text
+        raise ValueError(f"The {self.dialect.name} dialect cannot write {action}; it would be read back as {back}.")

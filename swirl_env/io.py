@@ -86,7 +86,13 @@ class Writer(Generic[Record]):
         if keep < size:
             os.ftruncate(self._file, keep)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy opens the file anew: a number that stands for it means nothing elsewhere."""
+        return Writer, (self.path,)
+
     def write(self, record: Record) -> None:
+        if self._file < 0:
+            raise ValueError(f"{self.path} is closed.")
         data = (dumps(record) + "\n").encode()
         start = os.fstat(self._file).st_size
         try:
@@ -125,7 +131,9 @@ def read_official(path: str | Path) -> Iterator[tuple[str, Any]]:
         with path.open("rb") as file:
             zipped = file.read(2) == b"\x1f\x8b"
         with (gzip.open if zipped else open)(path, "rt", encoding="utf-8-sig", newline="\n") as lines:
-            if path.name.removesuffix(".gz").endswith(".jsonl"):  # a line at a time: the file may be large
+            if (
+                path.name.lower().removesuffix(".gz").endswith((".jsonl", ".ndjson"))
+            ):  # a line at a time: the file may be large
                 for number, line in enumerate(lines, 1):
                     if line.strip():
                         yield f"{path}:{number}", _json(line, f"{path}:{number}")

@@ -9,6 +9,8 @@ from swirl_env.errors import ConfigError, UnknownNameError, near
 def load_object(name: str, what: str) -> Any:
     """The object behind `module:attribute`. Raises `ConfigError` that says which half was not found."""
     module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise ConfigError(f"{what} {name!r}: write it as 'module:attribute', such as 'mine:population'.")
     try:
         return getattr(import_module(module), attribute)
     except ImportError as error:

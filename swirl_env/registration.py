@@ -42,6 +42,6 @@ def make_vector(num_envs: int = 1, *, autoreset_mode: str = "NextStep", **kwargs
     env_id = next((env_id for env_id, fixed in ENVS.items() if fixed["tasks"] == kwargs.get("tasks")), None)
 
     def make() -> gym.Env:
-        return ToolEnv(**kwargs) if env_id is None else gym.make(env_id, disable_env_checker=True, **kwargs)
+        return ToolEnv(**kwargs) if env_id is None else gym.make(env_id, **{"disable_env_checker": True} | kwargs)
 
     return ToolVectorEnv([make] * num_envs, autoreset_mode)

@@ -72,12 +72,13 @@ def read_body(tool: Tool, body: str) -> dict[str, Any]:
     return {} if main is None and not body else {main or "input": body}
 
 
-def write_body(tool: Tool | None, arguments: Mapping[str, Any]) -> str:
-    """The body that `read_body` reads as these arguments."""
+def write_body(tool: Tool | None, arguments: Mapping[str, Any], marks: str, bare: bool = True) -> str:
+    """The body that `read_body` reads as these arguments: bare where that can be (and is wished), else JSON without `marks`."""
     values = list(arguments.values())
-    if len(values) == 1 and isinstance(values[0], str) and (tool is None or read_body(tool, values[0]) == arguments):
+    fits = len(values) == 1 and isinstance(values[0], str)
+    if bare and fits and (tool is None or read_body(tool, values[0].strip()) == arguments):
         return values[0]
-    return json.dumps(arguments, ensure_ascii=False) if arguments else ""
+    return _json(json.dumps(arguments, ensure_ascii=False), marks) if arguments else ""
 
 
 def hint(tool: Tool) -> str:
@@ -88,7 +89,14 @@ def hint(tool: Tool) -> str:
 
 def _schema(tool: Tool) -> str:
     function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
-    return json.dumps({"type": "function", "function": function}, ensure_ascii=False)
+    return _json(json.dumps({"type": "function", "function": function}, ensure_ascii=False), "<")
+
+
+def _json(text: str, escaped: str) -> str:
+    """JSON with some characters written by their numbers, so that nothing in a string looks like a mark."""
+    for character in escaped:
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
 
 
 def _json_call(tools: Mapping[str, Tool], name: Any, arguments: Any) -> ToolCall:
@@ -114,7 +122,8 @@ class Syntax(ABC):
     def read(self, text: str) -> Parts: ...
 
     @abstractmethod
-    def write(self, thought: str, calls: tuple[ToolCall, ...], answer: str | None) -> str: ...
+    def write(self, thought: str, calls: tuple[ToolCall, ...], answer: str | None, bare: bool = True) -> str:
+        """Text of these parts; without `bare` every body is JSON that holds no mark."""
 
     @abstractmethod
     def listing(self) -> list[str]:
@@ -134,6 +143,15 @@ class Syntax(ABC):
         return form.format(query="", text=text)
 
 
+def _check_apart(written: Mapping[str, str], tool_of: Mapping[str, str]) -> None:
+    """Raise `ConfigError` where two tools are written alike (case does not count)."""
+    for name, mark in written.items():
+        if tool_of[mark.lower()] != name:
+            raise ConfigError(
+                f"The tools {name!r} and {tool_of[mark.lower()]!r} are both written {mark!r} here. Rename one."
+            )
+
+
 class Tags(Syntax):
     """`<name>body</name>`; with `call`, every call is `<call>{"name": ..., "arguments": {...}}</call>`."""
 
@@ -151,8 +169,9 @@ class Tags(Syntax):
         self.tag_of = {} if call else {name: tags.get(name, name) for name in tools}
         self._tool_of = {tag.lower(): name for name, tag in self.tag_of.items()}
         for tag in self._tool_of:
-            if tag in reserved | {answer, think}:
+            if tag in reserved | {answer, self._think}:
                 raise ConfigError(f"A tool cannot be called {tag!r}: that tag is taken in this grammar.")
+        _check_apart(self.tag_of, self._tool_of)
         callers = [call] if call else list(self.tag_of.values())
         self._written = [f"<{tag}>...</{tag}>" for tag in (*([think] if think else []), *self.tag_of.values(), answer)]
         if call:
@@ -217,17 +236,17 @@ class Tags(Syntax):
             return f"The tool {found[1]!r} is called by <{self.call or self.tag_of[found[1]]}>."
         return f"There is no tool {found[1]!r}.{near(found[1], self._tool_of or self.tools)}"
 
-    def write(self, thought: str, calls: tuple[ToolCall, ...], answer: str | None) -> str:
+    def write(self, thought: str, calls: tuple[ToolCall, ...], answer: str | None, bare: bool = True) -> str:
         pieces = []
         if thought:
             pieces.append(f"<{self._think}>{thought}</{self._think}>" if self.thinks else thought)
         for call in calls:
             if self.call:
                 body = json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False)
-                pieces.append(f"<{self.call}>\n{body.replace('<', chr(92) + 'u003c')}\n</{self.call}>")
+                pieces.append(f"<{self.call}>\n{_json(body, '<')}\n</{self.call}>")
             else:
                 tag = self.tag_of.get(call.name, call.name)
-                pieces.append(f"<{tag}>{write_body(self.tools.get(call.name), call.arguments)}</{tag}>")
+                pieces.append(f"<{tag}>{write_body(self.tools.get(call.name), call.arguments, '<', bare)}</{tag}>")
         if answer is not None:
             pieces.append(f"<{self.answer}>{answer}</{self.answer}>")
         return "\n".join(pieces)
@@ -238,7 +257,7 @@ class Tags(Syntax):
         lines = [f"<{self._think}>a thought</{self._think}>"] if self.thinks else []
         for name, tool in self.tools.items():
             tag = self.tag_of[name]
-            lines.append(f"<{tag}>{hint(tool)}</{tag}> {tool.description}")
+            lines.append(f"<{tag}>{escape(hint(tool))}</{tag}> {escape(tool.description)}")
         return [*lines, f"<{self.answer}>the final answer</{self.answer}>"]
 
     def advice(self) -> str:
@@ -248,8 +267,10 @@ class Tags(Syntax):
         return f"<{self.answer}>...</{self.answer}>"
 
     def result(self, form: str, call: ToolCall, text: str, action: str, index: int) -> str:
-        query = escape(write_body(self.tools.get(call.name), call.arguments)) if "{query}" in form else ""
-        return form.format(query=query, text=text)
+        if "</" not in form:  # nothing closes the block: no line of a result may look like one of ours
+            text = text.replace("\n", "\n  ")
+        query = escape(write_body(self.tools.get(call.name), call.arguments, "<")) if "{query}" in form else ""
+        return form.format(query=query.replace("\n", " "), text=text)
 
 
 _EXAMPLE_CALL = '{"name": "a tool", "arguments": {...}}'
@@ -267,6 +288,7 @@ class Lines(Syntax):
     def __init__(self, tools: Mapping[str, Tool], answer: str):
         self.tools, self.answer = tools, answer
         self._tool_of = {name.lower(): name for name in tools}
+        _check_apart({name: name for name in tools}, self._tool_of)
         if answer in self._tool_of:
             raise ConfigError(f"A tool cannot be called {answer!r}: that name is taken in this grammar.")
 
@@ -287,8 +309,9 @@ class Lines(Syntax):
         return parts
 
     def _read_action(self, segment: str, parts: Parts) -> None:
-        opened, closed = self._action.match(segment), segment.rfind("]")
-        if opened is None or closed < opened.end():
+        opened = self._action.match(segment)
+        closed = -1 if opened is None else _closing(segment, opened.end())
+        if opened is None or closed < 0:
             raise Malformed(f"An action is written 'Action: tool[argument]'; got {escape(segment[:80])!r}.")
         name, body = opened[1].lower(), segment[opened.end() : closed].strip()
         parts.thoughts.append(segment[closed + 1 :])
@@ -299,15 +322,16 @@ class Lines(Syntax):
         else:
             raise Malformed(f"There is no tool {opened[1]!r}.{near(name, [*self._tool_of, self.answer])}")
 
-    def write(self, thought: str, calls: tuple[ToolCall, ...], answer: str | None) -> str:
+    def write(self, thought: str, calls: tuple[ToolCall, ...], answer: str | None, bare: bool = True) -> str:
         lines = [f"Thought: {thought}"] if thought else []
-        lines += [f"Action: {call.name}[{write_body(self.tools.get(call.name), call.arguments)}]" for call in calls]
+        for call in calls:
+            lines.append(f"Action: {call.name}[{write_body(self.tools.get(call.name), call.arguments, '[]', bare)}]")
         if answer is not None:
             lines.append(f"Action: {self.answer}[{answer}]")
         return "\n".join(lines)
 
     def listing(self) -> list[str]:
-        lines = [f"Action: {name}[{hint(tool)}]  {tool.description}" for name, tool in self.tools.items()]
+        lines = [f"Action: {n}[{escape(hint(tool))}]  {escape(tool.description)}" for n, tool in self.tools.items()]
         return ["Thought: a thought", *lines, f"Action: {self.answer}[the final answer]"]
 
     def advice(self) -> str:
@@ -319,6 +343,19 @@ class Lines(Syntax):
 
     def result(self, form: str, call: ToolCall, text: str, action: str, index: int) -> str:
         return form.format(query="", text=text.replace("\n", "\n  "))  # so that no line of it begins a new section
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the bracket closes that was opened before `start`: the balanced one, else the last; -1 if there is none."""
+    depth = 1
+    for bracket in _BRACKET.finditer(text, start):
+        depth += 1 if bracket[0] == "[" else -1
+        if depth == 0:
+            return bracket.start()
+    return text.rfind("]", start)
+
+
+_BRACKET = re.compile(r"[\[\]]")
 
 
 class Message(Syntax):
@@ -348,7 +385,7 @@ class Message(Syntax):
             parts.answers.append(content.strip())
         return parts
 
-    def write(self, thought: str, calls: tuple[ToolCall, ...], answer: str | None) -> str:
+    def write(self, thought: str, calls: tuple[ToolCall, ...], answer: str | None, bare: bool = True) -> str:
         message: dict[str, Any] = {"role": "assistant", "content": answer if not calls else thought or None}
         if thought and not calls:
             message["reasoning_content"] = thought

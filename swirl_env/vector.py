@@ -74,7 +74,7 @@ class ToolVectorEnv(SyncVectorEnv):
             raise ConfigError(f"options['task_id'] holds {len(task_ids)} ids for {self.num_envs} environments.")
         assert options is not None
         for base, task_id in zip(self._bases, task_ids, strict=True):
-            base.next_task = str(task_id)
+            base.next_task = None if task_id is None else str(task_id)
         try:
             rest = {key: value for key, value in options.items() if key != "task_id"}
             return super().reset(seed=seed, options=rest or None)  # type: ignore[arg-type]
@@ -92,6 +92,8 @@ class ToolVectorEnv(SyncVectorEnv):
     def _add_info(self, vector_infos: dict[str, Any], env_info: dict[str, Any], env_num: int) -> dict[str, Any]:
         """As Gymnasium's, without making a new mask for each value."""
         for key, value in env_info.items():
+            if key == "outcome" and value is None:
+                value = float("nan")  # unknown, in an array of numbers
             if key in vector_infos and not isinstance(value, dict):
                 vector_infos[key][env_num] = value
                 vector_infos[f"_{key}"][env_num] = True

@@ -11,6 +11,7 @@ All but the last two register on the `ToolEnv` below, so the prompt, vector envi
 keeps wrappers; it stays JSON where tools and judges are given by name or can be found again by theirs.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,7 +44,7 @@ class _Recorded(gym.Wrapper, RecordConstructorArgs):
 
 
 class AddTool(_Recorded):
-    """Offer one more tool (or all that a name such as `"sql:shop.db"` stands for), from the next reset on.
+    """Offer one more tool (or all that a name such as `"sql:shop.db"` stands for); the next episode begins with it.
 
     Args:
         env: over `ToolEnv`.
@@ -56,6 +57,7 @@ class AddTool(_Recorded):
     def __init__(self, env: gym.Env, tool: Any):
         base = _base(env)
         made = named_tools(tool) if isinstance(tool, str) else [make_tool(tool)]
+        made = [copy.copy(one) if hasattr(one, "bind") else one for one in made]  # what is bound belongs to one env
         for one in made:
             if one.name in base.tools:
                 raise ConfigError(
@@ -89,6 +91,8 @@ class ToolBudget(_Recorded):
 
     def __init__(self, env: gym.Env, calls: Mapping[str, int] | int):
         base = _base(env)
+        if not isinstance(calls, (int, Mapping)):
+            raise ConfigError(f"calls must be a number or a dict such as {{'search': 3}}, got {calls!r}.")
         limits = dict.fromkeys(base.tools, calls) if isinstance(calls, int) else dict(calls)
         for name, limit in limits.items():
             if name not in base.tools:

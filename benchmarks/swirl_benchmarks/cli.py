@@ -80,7 +80,7 @@ def eval_(
         raise ConfigError(f"{out} exists already. Give another --out.")
 
     fixed = {"judge": None, "reward": "outcome", "malformed_limit": malformed_limit, "split": "test", "path": path}
-    settings = evaluate.read_kwargs(kwargs) | fixed
+    settings = evaluate.read_kwargs(kwargs, tuple(fixed)) | fixed
 
     def make():
         return evaluate.make(env, **settings)
@@ -150,7 +150,7 @@ def play(
 
     from swirl_benchmarks import evaluate
 
-    settings = evaluate.read_kwargs(kwargs) | {"split": split, "path": path}
+    settings = evaluate.read_kwargs(kwargs, ("split", "path")) | {"split": split, "path": path}
     play_in(evaluate.make(env, **settings), seed=seed, task_id=task)
 
 

@@ -38,15 +38,15 @@ def make(env_id: str, **kwargs: Any) -> gym.Env:
     except ModuleNotFoundError as error:
         raise ConfigError(f"{env_id!r}: {error}. Write MODULE:ID with an importable module.") from error
     except TypeError as error:
-        if isinstance(error, SwirlError):
+        if isinstance(error, SwirlError) or env_id in ENVS:
             raise
         raise ConfigError(
             f"{env_id!r} is not an environment of this toolkit ({error}). Known: {', '.join(ENVS)}."
         ) from error
 
 
-def read_kwargs(text: str) -> dict[str, Any]:
-    """Arguments of an environment, written as JSON. Raises `ConfigError`."""
+def read_kwargs(text: str, flags: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Arguments of an environment, written as JSON; `flags` are those that are given otherwise. Raises `ConfigError`."""
     try:
         kwargs = json.loads(text)
     except ValueError as error:
@@ -55,6 +55,8 @@ def read_kwargs(text: str) -> dict[str, Any]:
         ) from None
     if not isinstance(kwargs, dict):
         raise ConfigError(f'--kwargs must be a JSON object such as \'{{"grammar": "paper"}}\', got {text!r}.')
+    if given := set(kwargs) & set(flags):
+        raise ConfigError(f"--kwargs cannot hold {min(given)!r}: the command sets it (see --help).")
     return kwargs
 
 

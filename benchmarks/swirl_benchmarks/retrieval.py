@@ -21,10 +21,10 @@ from tqdm import tqdm
 from swirl_benchmarks.metrics import Estimate, bootstrap
 from swirl_env.errors import DataError, UnknownNameError, near
 from swirl_env.tasks import TaskSet, load_tasks
-from swirl_env.tools.search.bm25 import Bm25
+from swirl_env.tasks.paragraphs import shows, supporting
 from swirl_env.tools.search.corpus import open_corpus
-from swirl_env.tools.search.ranking import Index
-from swirl_env.types import Document, Task
+from swirl_env.tools.search.tool import open_index
+from swirl_env.types import Document
 
 LAYOUT = {
     "hotpotqa": ("hotpotqa/hotpot_dev_distractor_v1*.json*", "hotpotqa/hotpotqa_corpus.jsonl*"),
@@ -36,60 +36,21 @@ BACKENDS = ("bm25", "dense", "hybrid")
 KS = (2, 5)
 
 
-def make_index(backend: str, documents: Sequence[Document], model: str | None = None) -> Index:
-    """The index of a back end's name."""
-    if backend == "bm25":
-        return Bm25(documents)
-    if backend == "dense":
-        from swirl_env.tools.search.dense import Dense
-
-        return Dense(documents, model)
-    if backend == "hybrid":
-        from swirl_env.tools.search import dense
-        from swirl_env.tools.search.hybrid import Hybrid
-
-        dense.query_vector.cache_clear()  # the dense back end has just asked the same: its time is part of a query
-        return Hybrid(documents, model)
-    raise UnknownNameError(f"No back end to measure is called {backend!r}.{near(backend, BACKENDS)}")
-
-
-def gold(task: Task) -> list[tuple[str, str]]:
-    """(title, how its text begins) of each gold paragraph; empty where none is known."""
-    if "supporting" in task.meta:
-        titles = task.meta["supporting"]
-        openings = task.meta.get("openings") or [None] * len(titles)
-        return [(title, opening or "") for title, opening in zip(titles, openings, strict=True)]
-    return [(title, "") for title in dict.fromkeys(title for title, _ in task.meta.get("supporting_facts", ()))]
-
-
-def recall(found: Sequence[Document], wanted: Sequence[tuple[str, str]]) -> float:
+def recall(found: Sequence[Document], wanted: Sequence[tuple[str, str | None]]) -> float:
     """Share of the gold paragraphs among the documents found."""
-    hits = [
-        any(
-            html.unescape(document.title).strip() == title and document.text.strip().startswith(opening)
-            for document in found
-        )
-        for title, opening in wanted
-    ]
-    return sum(hits) / len(hits)
+    shown = [f"{html.unescape(document.title).strip()}\n{document.text.strip()}" for document in found]
+    return sum(any(shows(text, paragraph) for text in shown) for paragraph in wanted) / len(wanted)
 
 
 def load(name: str, data: Path | None, split: str = "test") -> tuple[TaskSet, Sequence[Document]] | None:
-    """(tasks, corpus) of a data set; `None` where this installation or folder has it not."""
+    """(tasks, corpus) of a data set; `None` where the folder has it not."""
     if data is None:
-        try:
-            tasks = load_tasks(name, split)
-        except ModuleNotFoundError:
-            return None
-        pool = dict.fromkeys(document for task_id in tasks.tasks for document in tasks.documents(task_id))
-        return tasks, list(pool)
+        tasks = load_tasks(name, split)
+        return tasks, list(dict.fromkeys(document for task_id in tasks.tasks for document in tasks.documents(task_id)))
     files = [next(iter(sorted(data.glob(pattern))), None) for pattern in LAYOUT[name]]
     if None in files:
         return None
-    try:
-        return load_tasks(name, split, str(files[0])), open_corpus(str(files[1]))
-    except ModuleNotFoundError:
-        return None
+    return load_tasks(name, split, str(files[0])), open_corpus(str(files[1]))
 
 
 def retrieval(
@@ -117,6 +78,9 @@ def retrieval(
         DataError: no data set could be measured.
     """
     report: dict[str, Any] = {}
+    for backend in backends:
+        if backend not in BACKENDS:
+            raise UnknownNameError(f"No back end to measure is called {backend!r}.{near(backend, BACKENDS)}")
     for name in sets:
         if name not in LAYOUT:
             raise UnknownNameError(f"No data set is called {name!r} here.{near(name, LAYOUT)}")
@@ -124,18 +88,18 @@ def retrieval(
         if loaded is None:
             continue
         task_set, documents = loaded
-        asked = [task for task in task_set.tasks.values() if gold(task)][:tasks]
+        asked = [task for task in task_set.tasks.values() if supporting(task.meta)][:tasks]
         values: dict[str, dict[int, list[float]]] = {}
         entry: dict[str, Any] = {"questions": len(asked), "paragraphs": len(documents), "backends": {}}
         for backend in backends:
-            index = make_index(backend, documents, model)
+            index = open_index(backend, documents if data else tuple(documents), model)
             values[backend], seconds = {k: [] for k in KS}, []
             for task in tqdm(asked, f"{name} {backend}", unit="question", delay=2):
                 start = time.perf_counter()
                 found = [documents[i] for i in index.rank(task.question, max(KS))]
                 seconds.append(time.perf_counter() - start)
                 for k in KS:
-                    values[backend][k].append(recall(found[:k], gold(task)))
+                    values[backend][k].append(recall(found[:k], supporting(task.meta)))
             entry["backends"][backend] = {
                 **{f"recall@{k}": asdict(bootstrap(values[backend][k])) for k in KS},
                 "ms": round(float(np.median(seconds)) * 1e3, 3),

@@ -202,7 +202,8 @@ def _results(config, env, evaluations, kept, seconds: float) -> dict[str, Any]:
 
 
 def _maker(config: RunConfig, split: str) -> Callable[[], Any]:
-    kwargs = evaluate.read_kwargs(config.kwargs)
+    fixed = ("split", "path", "max_steps", "judge", "reward", "malformed_limit")
+    kwargs = evaluate.read_kwargs(config.kwargs, fixed)
     kwargs |= {"split": split, "path": config.path if split == "train" else config.test_path}
     if config.max_steps is not None:
         kwargs["max_steps"] = config.max_steps

@@ -8,6 +8,7 @@ its own number, so any of them can be made alone; train and test never share a q
 import zlib
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -22,9 +23,9 @@ SPLITS = {"train": 0, "test": 1}
 _NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gita", "Hugo", "Iris", "Jon", "Kira", "Leo")
 _THINGS = ("apples", "books", "cards", "coins", "eggs", "keys", "lamps", "pens", "shells", "stamps")
 _SENTENCES = {
-    "+": ("{name} buys {n} more.", "{name} finds {n} more.", "A friend brings {n} more."),
+    "+": ("{name} buys {n} more.", "{name} finds {n} more.", "A friend brings {name} {n} more."),
     "-": ("{name} gives away {n}.", "{name} loses {n}.", "{name} sells {n}."),
-    "*": ("By trading, {name} ends up with {n} times as many.", "The number then grows to {n} times what it was."),
+    "*": ("By trading, {name} ends up with {n} times as many.", "Then {name} has {n} times as many as before."),
     "/": ("{name} splits them evenly into {n} bags and keeps one bag.", "{name} keeps one of {n} equal shares."),
 }
 _ASIDES = ("{other} has {n} {things}.", "{other} is {n} years old.", "It is {n} degrees outside.")
@@ -45,7 +46,7 @@ def generate(
         split: `train` or `test`.
         operations: how many steps, or the least and the most.
         largest: the largest number a sentence of sums holds (factors and divisors: 5).
-        operators: which of + - * / occur.
+        operators: which of + - * / may occur.
         asides: sentences with a number that does not matter.
         count: how many problems.
 
@@ -53,24 +54,25 @@ def generate(
         ConfigError: a value that cannot work.
     """
     span = (operations, operations) if isinstance(operations, int) else operations
-    whole = [*span, largest, asides, count] if isinstance(span, tuple) and len(span) == 2 else [None]
-    if (
-        not all(isinstance(value, int) and not isinstance(value, bool) for value in whole)
-        or not 1 <= span[0] <= span[1]
-    ):
+    ends = span if isinstance(span, tuple) and len(span) == 2 else (None, None)
+    if not all(_whole(end, 1, 50) for end in ends) or span[0] > span[1]:
         raise ConfigError(
-            f"operations must be a whole number from 1 on, or the least and the most; got {operations!r}."
+            f"operations must be a whole number from 1 to 50, or the least and the most of them; got {operations!r}."
         )
-    if largest < 5 or asides < 0 or count < 1 or span[1] > 50 or asides > 10:
-        raise ConfigError(
-            f"expected largest >= 5, 0 <= asides <= 10, count >= 1 and at most 50 operations; got largest={largest}, "
-            f"asides={asides}, count={count}, operations={operations}."
-        )
+    for name, value, low, high in (
+        ("largest", largest, 5, 10**9), ("asides", asides, 0, 10), ("count", count, 1, 100_000),
+    ):  # fmt: skip
+        if not _whole(value, low, high):
+            raise ConfigError(f"{name} must be a whole number from {low} to {high:,}, got {value!r}.")
     if not isinstance(operators, str) or not operators or set(operators) - set("+-*/"):
         raise ConfigError(f"operators must be some of '+-*/', got {operators!r}.")
     if split not in SPLITS:
         raise UnknownNameError(f"arithmetic has no split {split!r}.{near(split, SPLITS)}")
     return Problems(split, span, largest, operators, asides, count)
+
+
+def _whole(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 class Problems(Mapping[str, Task]):
@@ -117,10 +119,9 @@ class Problems(Mapping[str, Task]):
             return options[int(draw.integers(len(options)))]
 
         name, things = pick(_NAMES), pick(_THINGS)
-        value = int(draw.integers(2, self._largest + 1))
+        value, steps = self._chain(draw, int(draw.integers(self._span[0], self._span[1] + 1)))
         sentences, program = [f"{name} has {value} {things}."], []
-        for _ in range(int(draw.integers(self._span[0], self._span[1] + 1))):
-            operator, n = self._step(draw, value)
+        for operator, n in steps:
             sentences.append(pick(_SENTENCES[operator]).format(name=name, n=n))
             expression = f"{value}{operator}{n}"
             value = {"+": value + n, "-": value - n, "*": value * n, "/": value // n}[operator]
@@ -131,16 +132,29 @@ class Problems(Mapping[str, Task]):
             sentences.insert(int(draw.integers(1, len(sentences) + 1)), aside)
         return f"{' '.join(sentences)} How many {things} does {name} have now?", program, value
 
+    def _chain(self, draw: np.random.Generator, length: int) -> tuple[int, list[tuple[str, int]]]:
+        """The first amount and each (operator, number), so that every amount is whole and positive."""
+        value, steps = int(draw.integers(2, self._largest + 1)), []
+        if set(self._operators) <= set("-/"):  # from the end, where these two always fit
+            for _ in range(length):
+                operator = self._operators[int(draw.integers(len(self._operators)))]
+                n = int(draw.integers(2, 6)) if operator == "/" else int(draw.integers(1, self._largest + 1))
+                value = value * n if operator == "/" else value + n
+                steps.append((operator, n))
+            return value, steps[::-1]
+        first = value
+        for _ in range(length):
+            operator, n = self._step(draw, value)
+            value = {"+": value + n, "-": value - n, "*": value * n, "/": value // n}[operator]
+            steps.append((operator, n))
+        return first, steps
+
     def _step(self, draw: np.random.Generator, value: int) -> tuple[str, int]:
-        """An operator and a number that keep the amount whole, positive and below 50 times `largest`."""
+        """An operator and a number that keep the amount whole, positive and, unless only * may grow it, below 50 x `largest`."""
         divisors = [n for n in (2, 3, 4, 5) if value % n == 0 and value > n]
-        possible = {
-            "+": True,
-            "-": value > 2,
-            "*": value * 5 <= 50 * self._largest,
-            "/": bool(divisors),
-        }
-        choices = [operator for operator in self._operators if possible[operator]] or ["+"]
+        possible = {"+": True, "-": value > 2, "*": value * 5 <= 50 * self._largest, "/": bool(divisors)}
+        choices = [operator for operator in self._operators if possible[operator]]
+        choices = choices or [operator for operator in self._operators if operator in "+*"]
         operator = choices[int(draw.integers(len(choices)))]
         if operator == "+":
             return operator, int(draw.integers(2, self._largest + 1))

@@ -22,6 +22,7 @@ from swirl_env.errors import ConfigError, DataError, UnknownArgumentError, Unkno
 from swirl_env.io import read_official
 from swirl_env.types import Document, Task
 
+SETS = ("arithmetic", "beerqa", "cofca", "gsm8k", "hotpotqa", "musique", "own")
 DATA = Path(__file__).parent.parent / "data"
 
 Documents = Sequence[tuple[str, str]]
@@ -62,7 +63,7 @@ class TaskSet:
         return 0.0 if answer is None else max(metric(answer, gold) for gold in task.answers)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _load, self._arguments
+        return _again, self._arguments
 
 
 def load_tasks(
@@ -91,11 +92,28 @@ def load_tasks(
     if instruction is not None and (not isinstance(instruction, str) or not instruction.strip()):
         raise ConfigError(f"instruction must be a sentence, got {instruction!r}.")
     frozen = tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in sorted(options.items()))
-    return _load(name, split, path, instruction, metric, frozen)
+    state: tuple[int, ...] = ()  # of the file: a changed one is read again
+    if path is not None and (file := Path(path).expanduser()).is_file():
+        path, state = str(file.resolve()), (file.stat().st_size, file.stat().st_mtime_ns)
+    try:
+        return _load(name, split, path, instruction, metric, frozen, state)
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise
+        raise ConfigError(f"{name} takes text, numbers and lists of them, got {error}.") from None
+
+
+def _again(
+    name: str, split: str, path: str | None, instruction: str | None, metric: str | None, frozen: Any
+) -> TaskSet:
+    """A task set out of a pickle."""
+    return load_tasks(name, split, path, instruction=instruction, metric=metric, **dict(frozen))
 
 
 def options_of(name: str) -> list[str]:
-    """The arguments that a task set takes beside the common ones."""
+    """The arguments that a task set takes beside the common ones. Raises `UnknownNameError` for a set that is none."""
+    if name not in SETS:
+        raise UnknownNameError(f"No task set is called {name!r}.{near(str(name), SETS)}")
     module = import_module(f"swirl_env.tasks.{name}")
     parameters = inspect.signature(getattr(module, "generate", None) or module.read).parameters.values()
     return [parameter.name for parameter in parameters if parameter.kind == parameter.KEYWORD_ONLY]
@@ -109,6 +127,7 @@ def _load(
     instruction: str | None,
     metric: str | None,
     frozen: tuple[tuple[str, Any], ...],
+    state: tuple[int, ...],
 ) -> TaskSet:
     module, options = import_module(f"swirl_env.tasks.{name}"), dict(frozen)
     for key in set(options) - set(options_of(name)):

@@ -3,11 +3,13 @@
     {"question": "Who ...?", "answer": "Ada"}
     {"id": "q2", "question": "...", "answers": ["4", "four"], "documents": [{"title": "...", "text": "..."}], "meta": {}}
 
-`answer` or `answers` hold the accepted forms; without them the outcome is unknown and only the judge rewards. `documents`
+`answer` or `answers` hold the accepted forms (a number is compared as a number, anything else by exact match, unless `metric=`
+says otherwise); without them the outcome is unknown and only the judge rewards. `documents`
 are what `search` looks through; for one collection shared by all questions give `search={"corpus": FILE}` instead. Any
 other key is refused: put other facts into `meta`. Without a path, six questions come as an example of the format.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +19,15 @@ from swirl_env.tasks.base import Documents, Rows, text_field
 from swirl_env.types import Task
 
 INSTRUCTION = "Answer the question in a few words."
-METRICS = {"em": answers.exact_match, "f1": answers.f1, "accuracy": answers.numeric_equal}
+_NUMBER = re.compile(r"[-\u2212+$€£]*\s?[\d,./\s]*\d[\d,./]*\s?%?")
+
+
+def match(prediction: str, gold: str) -> float:
+    """1.0 or 0.0: the same number where the gold form is one, else exact match."""
+    return (answers.numeric_equal if _NUMBER.fullmatch(gold.strip()) else answers.exact_match)(prediction, gold)
+
+
+METRICS = {"match": match, "em": answers.exact_match, "f1": answers.f1, "accuracy": answers.numeric_equal}
 FILES = {"train": "own_train.jsonl", "test": "own_test.jsonl"}
 KEYS = ("id", "question", "answer", "answers", "documents", "meta")
 

@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from operator import attrgetter
+from pickle import PicklingError
 from typing import Any, get_type_hints
 
 import docstring_parser
-from pydantic import ConfigDict, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from swirl_env.errors import ConfigError, ToolError, near
 from swirl_env.grammar import escape
@@ -29,14 +30,33 @@ class FunctionTool:
         self.function = function
         self.name = function.__name__
         self.description, self.parameters = describe(function)
+        self._model = _model_of(function)
+
+    def check(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments as the type hints want them. Raises `ToolError` that names the one that does not fit."""
+        try:
+            read = self._model.model_validate(dict(arguments))
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise ToolError(f"{self.name}: {place}: {first['msg']}, got {str(first['input'])[:80]!r}.") from None
+        names = {field.alias: key for key, field in type(read).model_fields.items()}
+        return {name: getattr(read, names[name]) for name in arguments}
 
     def __call__(self, **arguments: Any) -> str:
-        return str(self.function(**arguments))
+        result = self.function(**arguments)
+        if result is None:
+            raise TypeError("returned nothing; a tool returns what the model should read")
+        return str(result)
 
     def __repr__(self) -> str:
         return f"tool({self.name})"
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if "<locals>" in self.function.__qualname__:
+            raise PicklingError(
+                f"The tool {self.name} is a function inside a function: move it to the top of a module."
+            )
         return _restore, (self.function.__module__, self.function.__qualname__)
 
 
@@ -63,23 +83,33 @@ def describe(function: Callable[..., Any]) -> tuple[str, dict[str, Any]]:
     documentation = docstring_parser.parse(inspect.getdoc(function) or "")
     if not documentation.short_description:
         raise ConfigError(f"The tool {name} needs a docstring: its first line is what the model reads about it.")
+    if inspect.iscoroutinefunction(function):
+        raise ConfigError(f"The tool {name} is an async function: a tool is an ordinary one, which waits itself.")
     meanings = {item.arg_name: item.description for item in documentation.params}
-    hints = get_type_hints(function)
-    fields: dict[str, Any] = {}
-    for argument in inspect.signature(function).parameters.values():
-        if argument.name == "self":
-            continue
-        if argument.name not in hints or argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
-            raise ConfigError(f"The tool {name} needs a type hint for its argument {argument.name!r}, such as `: str`.")
-        default = ... if argument.default is argument.empty else argument.default
-        fields[argument.name] = (hints[argument.name], default)
-    schema = create_model(name, __config__=ConfigDict(arbitrary_types_allowed=True), **fields).model_json_schema()
+    schema = _model_of(function).model_json_schema()
     for key, entry in schema.get("properties", {}).items():
         entry.pop("title", None)
         if meanings.get(key):
             entry["description"] = meanings[key]
     schema.pop("title", None)
     return documentation.short_description, {**schema, "additionalProperties": False}
+
+
+def _model_of(function: Callable[..., Any]) -> type[BaseModel]:
+    """A model with a field for each argument, which it carries as its alias: any name will do."""
+    name, hints = getattr(function, "__name__", repr(function)), get_type_hints(function)
+    fields: dict[str, Any] = {}
+    for argument in inspect.signature(function).parameters.values():
+        if argument.name == "self":
+            continue
+        if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD, argument.POSITIONAL_ONLY):
+            raise ConfigError(f"The tool {name} must name its arguments: {argument} cannot be given by name.")
+        if argument.name not in hints:
+            raise ConfigError(f"The tool {name} needs a type hint for its argument {argument.name!r}, such as `: str`.")
+        default = ... if argument.default is argument.empty else argument.default
+        fields[f"argument_{len(fields)}"] = (hints[argument.name], Field(default, alias=argument.name))
+    config = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
+    return create_model(name, __config__=config, **fields)
 
 
 def make_tool(value: Any) -> Tool:
@@ -130,6 +160,13 @@ def _checked(tool: Tool, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return checked
 
 
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:
+        return "an error that cannot be written"
+
+
 def call_tool(tools: Mapping[str, Tool], call: ToolCall) -> ToolResult:
     """Make one call; whatever happens is a result. The text is escaped and cut to `MAX_RESULT_CHARACTERS`."""
     start = time.perf_counter()
@@ -138,16 +175,19 @@ def call_tool(tools: Mapping[str, Tool], call: ToolCall) -> ToolResult:
         if call.name not in tools:
             raise ToolError(f"There is no tool {call.name!r}.{near(call.name, tools)}")
         error = "bad_arguments"
-        arguments = _checked(tools[call.name], call.arguments)
+        called = tools[call.name]
+        arguments = _checked(called, call.arguments)
+        if isinstance(called, FunctionTool):
+            arguments = called.check(arguments)
         error = "tool_error"
-        text = tools[call.name](**arguments)
+        text = called(**arguments)
         if not isinstance(text, str):
             raise TypeError(f"returned {type(text).__name__}; a tool returns a string")
         error = None
     except ToolError as refusal:
-        text = str(refusal)
-    except Exception as bug:  # a bug in a tool ends this episode, never the others beside it
-        error, text = "crash", f"{call.name} crashed: {type(bug).__name__}: {bug}"
+        text = _message(refusal)
+    except (Exception, SystemExit) as bug:  # a bug in a tool ends this episode, never the others beside it
+        error, text = "crash", f"{call.name} crashed: {type(bug).__name__}: {_message(bug)}"
     if len(text) > MAX_RESULT_CHARACTERS:
         text = f"{text[:MAX_RESULT_CHARACTERS]} ... ({len(text) - MAX_RESULT_CHARACTERS:,} more characters were cut)"
     return ToolResult(escape(text), error, time.perf_counter() - start)

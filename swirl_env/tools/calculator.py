@@ -77,12 +77,14 @@ def parse(expression: str) -> ast.expr:
     """Syntax tree of a tidied expression; not to be changed. Raises `ToolError` where it is too long or not arithmetic."""
     if len(expression) > MAX_CHARACTERS:
         raise ToolError(f"The expression has {len(expression):,} characters; at most {MAX_CHARACTERS} are allowed.")
-    text = tidy(expression)
+    text = " ".join(tidy(expression).split())
     if not text:
         raise ToolError("The expression is empty. Write one such as 48/2.")
     if "=" in text:
         raise ToolError("Write only the expression to calculate, without '='.")
     try:
+        if not text.isascii():  # places in the tree count bytes
+            raise ValueError(text)
         tree = ast.parse(text, mode="eval").body
         for node in ast.walk(tree) if set(text) & set(".eE") else ():
             if isinstance(node, ast.Constant) and isinstance(node.value, float):

@@ -73,7 +73,12 @@ class Python:
         """
         if fenced := _FENCE.fullmatch(code):
             code = fenced[1]
-        status, text = run(textwrap.dedent(code), "unsafe" if self.unsafe else isolation(), self.timeout, self.memory)
+        status, text = run(
+            textwrap.dedent(code) if code[:1].isspace() else code,
+            "unsafe" if self.unsafe else isolation(),
+            self.timeout,
+            self.memory,
+        )
         if status == 0:
             return text or "(Nothing was printed. Print what you want to see.)"
         if status is None:

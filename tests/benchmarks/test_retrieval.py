@@ -5,11 +5,11 @@ import os
 
 import pytest
 from rich.console import Console
-from swirl_benchmarks.retrieval import gold, print_retrieval, recall, retrieval
+from swirl_benchmarks.retrieval import print_retrieval, recall, retrieval
 from swirl_benchmarks.speed_search import print_search, resampled, search_figures
 
 from swirl_env.errors import DataError, UnknownNameError
-from swirl_env.types import Document, Task
+from swirl_env.types import Document
 
 
 def test_recall_by_hand():
@@ -19,16 +19,6 @@ def test_recall_by_hand():
     assert recall([other], wanted) == 0  # the title alone is not enough where the text is known
     assert recall([other, first], wanted) == 0.5
     assert recall([first, c, c], wanted) == 1
-
-
-def test_gold_of_either_form():
-    assert gold(Task("1", "q", (), {"supporting_facts": [["A", 0], ["A", 1], ["B", 0]]})) == [("A", ""), ("B", "")]
-    assert gold(Task("1", "q", (), {"supporting": ["A", "B"], "openings": ["Once", None]})) == [
-        ("A", "Once"),
-        ("B", ""),
-    ]
-    assert gold(Task("1", "q", (), {"supporting": ["A"]})) == [("A", "")]
-    assert gold(Task("1", "q", (), {})) == []
 
 
 def official(folder):

@@ -90,7 +90,8 @@ def test_precision_and_recall_by_hand():
         ("5", "-5", False), ("72.5", "72", False), ("seventy", "72", False), ("1/0", "1", False), ("172", "72", False),
         ("9" * 500, "72", False), ("1e999", "72", False), ("\u221272", "-72", True), ("1e9999999", "1", False),
         ("1/" + "9" * 5000, "0", False), ("1/1e999999999", "0", False), ("(72)", "72", True), ("**72**", "72", True),
-        ("72,73", "72", False), ("72 mph", "72", True), ("$72 each", "72", True), ("72%", "72", True), ("1,0000", "10000", False),
+        ("72,73", "72", False), ("72 mph", "72", True), ("$72 each", "72", True), ("72%", "72", True), ("1,0000", "10000", False), ("1,0000", "1000", False), ("100,0000", "100,000", False),
+        ("1.2.3", "1.2", False), ("–5", "-5", True), ("–5", "5", False), ("72 != 80", "80", False), ("5–7", "5", False),
     ],
 )  # fmt: skip
 def test_numbers(prediction, gold, equal):

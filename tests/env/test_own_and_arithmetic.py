@@ -40,6 +40,40 @@ def test_every_program_leads_to_the_gold(index, operations, largest, operators, 
         assert len(re.findall(r"\d+", task.question)) == operations + 1
 
 
+SENTENCES = [
+    (r"(?P<name>\w+) has (\d+) \w+\.", lambda value, n: n),
+    (r"{name} (?:buys|finds) (\d+) more\.|A friend brings {name} (\d+) more\.", lambda value, n: value + n),
+    (r"{name} (?:gives away|loses|sells) (\d+)\.", lambda value, n: value - n),
+    (
+        r"By trading, {name} ends up with (\d+) times as many\.|Then {name} has (\d+) times as many as before\.",
+        lambda value, n: value * n,
+    ),
+    (
+        r"{name} splits them evenly into (\d+) bags and keeps one bag\.|{name} keeps one of (\d+) equal shares\.",
+        lambda value, n: value // n,
+    ),
+]
+
+
+@given(
+    index=st.integers(0, 999), operators=st.sampled_from(["+-*/", "-", "/", "-/", "*", "+*"]), asides=st.integers(0, 4)
+)
+def test_the_question_alone_leads_to_the_gold(index, operators, asides):
+    task = load_tasks("arithmetic", "train", operations=5, operators=operators, asides=asides).tasks[
+        f"arithmetic-train-{index}"
+    ]
+    name = re.search(r"does (\w+) have now", task.question)[1]
+    value, used = None, ""
+    for sentence in re.findall(r"[^.?]+\.", task.question):
+        for pattern, step in SENTENCES:
+            found = re.fullmatch(pattern.replace("{name}", name), sentence.strip())
+            if found and (found.groupdict().get("name", name) == name):
+                value = step(value, int(next(filter(str.isdigit, filter(None, found.groups())))))
+    assert str(value) == task.answers[0]
+    used = {c for expression in task.meta["program"] for c in expression if c in "+-*/"}
+    assert used <= set(operators)
+
+
 def test_splits_share_no_question():
     small = {"operations": 1, "largest": 5, "count": 2000}
     train, test = (
@@ -67,7 +101,11 @@ def test_difficulty_is_a_keyword_of_make():
         ({"operations": 0}, ConfigError, "operations must be"),
         ({"operations": [4, 2]}, ConfigError, "operations must be"),
         ({"operations": "many"}, ConfigError, "operations must be"),
-        ({"largest": 1}, ConfigError, "largest >= 5"),
+        ({"largest": 1}, ConfigError, "largest must be a whole number from 5"),
+        ({"largest": 20.5}, ConfigError, "largest must be"),
+        ({"largest": 10**30}, ConfigError, "largest must be"),
+        ({"count": True}, ConfigError, "count must be"),
+        ({"operations": {"a": 1}}, ConfigError, "arithmetic takes text, numbers and lists"),
         ({"operators": "^"}, ConfigError, "operators must be"),
         ({"split": "dev"}, UnknownNameError, "no split 'dev'"),
         ({"path": "x.json"}, ConfigError, "leave out path"),
@@ -101,6 +139,10 @@ def test_own_questions(tmp_path):
     env.reset(options={"task_id": "questions-2"})
     *_, info = env.step("<answer>x</answer>")
     assert info["outcome"] is None
+    env.reset(options={"task_id": "7"})
+    assert env.step("<answer>4.0 apples</answer>")[4]["outcome"] == 1.0
+    env.reset(options={"task_id": "7"})
+    assert env.step("<answer>-4</answer>")[4]["outcome"] == 0.0
     numbers = gym.make("swirl/Tasks-v0", path=path, metric="accuracy")
     numbers.reset(options={"task_id": "7"})
     assert numbers.step("<answer>4.0 apples</answer>")[4]["outcome"] == 1.0
@@ -128,3 +170,18 @@ def test_broken_questions_are_told_with_their_line(tmp_path, row, says):
 def test_metrics_are_checked():
     with pytest.raises(UnknownNameError, match="Did you mean 'em'"):
         gym.make("swirl/Tasks-v0", metric="emm")
+
+
+def test_an_edited_file_and_another_folder_are_read_anew(tmp_path, monkeypatch):
+    for folder, question in (("a", "One?"), ("b", "Two?")):
+        (tmp_path / folder).mkdir()
+        own(tmp_path / folder, {"question": question, "answer": "x"})
+    monkeypatch.chdir(tmp_path / "a")
+    env = gym.make("swirl/Tasks-v0", path="questions.jsonl")
+    assert "One?" in env.reset()[0]
+    own(tmp_path / "a", {"question": "Changed?", "answer": "x"})
+    assert "Changed?" in gym.make("swirl/Tasks-v0", path="questions.jsonl").reset()[0]
+    pickled = pickle.dumps(gym.make("swirl/Tasks-v0", path="questions.jsonl").unwrapped)
+    monkeypatch.chdir(tmp_path / "b")
+    assert "Two?" in gym.make("swirl/Tasks-v0", path="questions.jsonl").reset()[0]
+    assert "Changed?" in pickle.loads(pickled).reset()[0]

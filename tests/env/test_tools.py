@@ -3,6 +3,7 @@
 import pickle
 import time
 from fractions import Fraction
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 
 from swirl_env.errors import ConfigError, DataError, ToolError
 from swirl_env.tools import Search, calculator, call_tool, make_tool, tool
-from swirl_env.tools.calculator import evaluate
+from swirl_env.tools.calculator import evaluate, show
+from swirl_env.tools.search import Bm25, words
 from swirl_env.types import Document, ToolCall
 
 
@@ -54,6 +56,25 @@ def test_refuses_in_a_sentence_and_fast(expression, says):
             evaluate(expression)
         seconds.append(time.process_time() - start)
     assert min(seconds) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("expression", "result"),
+    [
+        ("(10.5\n+2.5)", "13"),
+        ("(100.25\n+1.5)", "101.75"),
+        ("1.5+\n2.5", "4"),
+        ("1.5 +\t2.5", "4"),
+        ("½+1", None),
+        ("éééé*1.5*1/0", None),
+    ],
+)
+def test_lines_and_letters_do_not_shift_decimals(expression, result):
+    if result is None:
+        with pytest.raises(ToolError, match="Cannot read"):
+            evaluate(expression)
+    else:
+        assert show(evaluate(expression)) == result
 
 
 @given(st.integers(-(10**30), 10**30), st.integers(-(10**30), 10**30), st.sampled_from("+-*"))
@@ -188,3 +209,75 @@ def test_what_is_no_tool_is_told_what_is_missing():
         with pytest.raises(ConfigError, match=says):
             make_tool(value)
     assert make_tool(repeat) is repeat
+
+
+@tool
+def typed(
+    numbers: list[int], color: Literal["red", "blue"] = "red", half: int | None = None, x: float = 0.0, schema: str = ""
+) -> str:
+    """Takes many kinds.
+
+    Args:
+        numbers: Some.
+    """
+    return f"{sum(numbers)} {color} {half} {x} {schema}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"numbers": "[1, 2]", "half": "4", "schema": "s"}, "3 red 4 0.0 s"),
+        ({"numbers": ["a"]}, "numbers.0: Input should be a valid integer"),
+        ({"numbers": [1], "color": "green"}, "color: Input should be 'red' or 'blue'"),
+        ({"numbers": [1], "x": "NaN"}, "x: Input should be a finite number"),
+        ({"numbers": [1], "x": "1e999"}, "x: Input should be a finite number"),
+    ],
+)
+def test_types_are_held_all_the_way_down(arguments, says):
+    result = call_tool({"typed": typed}, ToolCall("typed", arguments))
+    assert says in result.text
+    assert result.error in (None, "bad_arguments")
+
+
+def test_whatever_a_tool_does_is_a_result():
+    class Silent(Exception):
+        def __str__(self):
+            raise ValueError("no words")
+
+    def raises() -> str:
+        """Raises."""
+        raise Silent
+
+    def leaves() -> str:
+        """Leaves."""
+        raise SystemExit(3)
+
+    def forgets() -> str:
+        """Forgets."""
+
+    for function in (raises, leaves, forgets):
+        made = tool(function)
+        assert call_tool({made.name: made}, ToolCall(made.name, {})).error == "crash"
+        with pytest.raises(pickle.PicklingError, match="inside a function"):
+            pickle.dumps(made)
+
+    async def later(x: str) -> str:
+        """Comes later."""
+        return x
+
+    def positional(x: str, /) -> str:
+        """Wants a place."""
+        return x
+
+    for function in (later, positional):
+        with pytest.raises(ConfigError):
+            tool(function)
+
+
+def test_scripts_without_blanks_are_searched_by_pairs():
+    assert words("東京は日本の首都です, Tōkyō") == [
+        *(a + b for a, b in zip("東京は日本の首都で", "京は日本の首都です", strict=True)),
+        "tōkyō",
+    ]
+    found = Bm25([Document("東京", "東京は日本の首都です"), Document("大阪", "大阪は西の都市です")]).search("首都", 2)
+    assert [document.title for document in found] == ["東京"]

@@ -1,5 +1,6 @@
 """Wrappers: what each changes, that they add up, and that specs keep them."""
 
+import copy
 import importlib
 import json
 import sqlite3
@@ -7,12 +8,14 @@ import sys
 
 import gymnasium as gym
 import pytest
+from gymnasium.error import ResetNeeded
 
 import swirl_env  # noqa: F401
 from swirl_env.errors import ConfigError, ToolError, UnknownNameError
 from swirl_env.io import read
 from swirl_env.judges import ask, make_judge, views
 from swirl_env.tools.python import isolation
+from swirl_env.tools.search import make_search
 from swirl_env.types import Trajectory, Verdict
 from swirl_env.wrappers import AddTool, JudgeReward, RecordTrajectories, RemoveTool, StepPenalty, ToolBudget
 
@@ -95,6 +98,7 @@ def test_names_clash_loudly():
         (lambda env: RemoveTool(env, "serch"), UnknownNameError, "Did you mean 'search'"),
         (lambda env: ToolBudget(env, {"serch": 1}), UnknownNameError, "Did you mean 'search'"),
         (lambda env: ToolBudget(env, {"search": -1}), ConfigError, "whole number from 0 on"),
+        (lambda env: ToolBudget(env, "search"), ConfigError, "calls must be a number"),
         (lambda env: JudgeReward(env, 5), ConfigError, "Expected a judge"),
         (lambda env: JudgeReward(env, "ruls"), UnknownNameError, "Did you mean 'rules'"),
         (lambda env: StepPenalty(env, "x"), ConfigError, "penalty must be a number"),
@@ -185,3 +189,39 @@ def test_recorded_episodes_read_back_and_judge_the_same(tmp_path):
     assert found[0].policy == "me"
     for trajectory in found:
         assert ask(make_judge("rules"), views(trajectory)) == [step.verdict for step in trajectory.steps]
+
+
+def test_a_bound_tool_belongs_to_one_env():
+    search = make_search({"k": 1})
+    envs = [AddTool(make(tools=[]), search) for _ in range(2)]
+    for seed, env in enumerate(envs):
+        env.reset(seed=seed)
+    for env in envs:
+        titles = [document.title for document in env.unwrapped.task_set.documents(env.unwrapped.task.id)]
+        found = env.step(f"<search>{titles[0]}</search>")[4]["step"].results[0]
+        assert found.error is None
+        assert found.text.partition("\n")[0] in titles
+
+
+def test_new_tools_begin_with_the_next_episode():
+    env = make()
+    env.reset(seed=0)
+    env = AddTool(env, "calculator")
+    with pytest.raises(ResetNeeded):
+        env.step("<calculator>1+1</calculator>")
+
+
+def test_a_copy_of_a_recorder_writes_to_its_own_file(tmp_path):
+    env = RecordTrajectories(make("swirl/GSM8K-v0"), tmp_path / "r.jsonl")
+    twin = copy.deepcopy(env)
+    env.close()
+    with (tmp_path / "precious.txt").open("w") as other:
+        other.write("my notes")
+        twin.reset(seed=0)
+        twin.step("<answer>1</answer>")
+    twin.close()
+    assert (tmp_path / "precious.txt").read_text() == "my notes"
+    assert len(list(read(tmp_path / "r.jsonl", Trajectory))) == 1
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="is closed"):
+        env.step("<answer>1</answer>")

@@ -17,6 +17,7 @@ resident, 0.35 against 4.0 GB to build) and builds faster (169 against 298 s).
 
 import logging
 import re
+import unicodedata
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from mmap import ACCESS_READ, mmap
@@ -33,6 +34,7 @@ from swirl_env.types import Document
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG and tells of every index
 
+_UNSPACED = re.compile("([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+)")  # kana and Chinese characters
 TITLE_WEIGHT = 3
 """How often a title's words count."""
 _WORD = re.compile(r"\w+")
@@ -46,8 +48,15 @@ _PARTS = ("data", "indices", "indptr")
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words: what BM25 counts."""
-    return _WORD.findall(text.lower())
+    """Lower-case words: what BM25 counts. Where a script writes no blanks, each two neighbours are one."""
+    if text.isascii():
+        return _WORD.findall(text.lower())
+    found: list[str] = []
+    for word in _WORD.findall(unicodedata.normalize("NFC", text).lower()):
+        for part in filter(None, _UNSPACED.split(word)):
+            pairs = len(part) > 1 and _UNSPACED.fullmatch(part)
+            found += [part[i : i + 2] for i in range(len(part) - 1)] if pairs else [part]
+    return found
 
 
 class Bm25:

@@ -35,7 +35,7 @@ def make_search(settings: dict[str, Any] | str | None = None) -> "Search":
     """
     if settings is None or isinstance(settings, str):
         settings = {} if settings is None else {"backend": settings}
-    if not isinstance(settings, dict):
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise ConfigError(f"search must be a back end's name or settings such as {{'k': 3}}, got {settings!r}.")
     return Search(**settings)
 
@@ -79,7 +79,7 @@ class Search:
 
             self._find = open_wikipedia(**settings).search
         elif corpus is not None:
-            self._find = _finder(_index(backend, open_corpus(corpus), **settings))
+            self._find = _finder(open_index(backend, open_corpus(corpus), **settings))
         elif backend != "bm25":
             from swirl_env.tools.search.dense import load_encoder
 
@@ -102,7 +102,7 @@ class Search:
         if self._find is None:
             if not self.documents:
                 raise ToolError("There is nothing to search here.")
-            self._find = _finder(_index(self.backend, tuple(self.documents), **self.settings))
+            self._find = _finder(open_index(self.backend, tuple(self.documents), **self.settings))
         found = self._find(query, self.k)
         if not found:
             raise ToolError(f"Nothing was found for {query[:100]!r}. Try other words.")
@@ -118,7 +118,7 @@ class Search:
 
 
 @lru_cache(maxsize=64)
-def _index(backend: str, documents: Sequence[Document], model: str | None = None) -> Index:
+def open_index(backend: str, documents: Sequence[Document], model: str | None = None) -> Index:
     """An index of a corpus or of a task's own paragraphs; kept, for tasks come again."""
     if backend == "bm25":
         return Bm25(documents)
