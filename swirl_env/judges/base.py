@@ -9,7 +9,11 @@ from swirl_env.errors import ConfigError, UnknownNameError, near
 from swirl_env.names import load_object
 from swirl_env.types import Judge, StepView, Trajectory, Verdict
 
-BY_NAME = {"rules": "swirl_env.judges.rules:RulesJudge", "gold-steps": "swirl_env.judges.gold:GoldSteps"}
+BY_NAME = {
+    "rules": "swirl_env.judges.rules:RulesJudge",
+    "rules-written": "swirl_env.judges.rules:WRITTEN",
+    "gold-steps": "swirl_env.judges.gold:GoldSteps",
+}
 
 
 def make_judge(name: str) -> Judge:
