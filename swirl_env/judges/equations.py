@@ -22,6 +22,8 @@ Form = dict[str, Fraction]
 """A linear form: letter -> coefficient; "" -> the constant."""
 
 MAX_CHARACTERS = 10_000
+MAX_TOKENS = 120
+"""Of a clause; a longer one is not read, so that hostile text costs little."""
 
 _LATEX = [
     (re.compile(r"\\(?:text|textbf|mathrm|mathbf|textit|mbox|operatorname|boxed|bf)\s*\{([^{}]*)\}"), r" \1 "),
@@ -138,7 +140,7 @@ def plain(text: str) -> str:
 
 @lru_cache(maxsize=512)
 def equations(text: str) -> tuple[Equation, ...]:
-    """Every equation of a text whose right side can be read, in order. Work is linear in the text's length."""
+    """Every equation of a text whose right side can be read, in order."""
     text = text[:MAX_CHARACTERS]
     return tuple(equation for segment in _segments(plain(text)) for equation in _in_segment(segment))
 
@@ -181,8 +183,9 @@ def _clauses(run: list[_Token]) -> Iterator[list[_Token]]:
 
 def _in_segment(tokens: list[_Token]) -> Iterator[Equation]:
     cuts = [i for i, token in enumerate(tokens) if token.kind == "relation"]
-    if not cuts:
+    if not cuts or len(tokens) > MAX_TOKENS:
         return
+    about = any(token.text in ("about", "approximately", "roughly") for token in tokens)
     bounds = [-1, *cuts, len(tokens)]
     pieces = [tokens[a + 1 : b] for a, b in zip(bounds, bounds[1:], strict=False)]
     first = [token for token in pieces[0] if token.kind != "operator" or token.text not in "()"]
@@ -194,12 +197,7 @@ def _in_segment(tokens: list[_Token]) -> Iterator[Equation]:
         right = _first_side(pieces[i + 1]) if ends else _whole_side(pieces[i + 1])
         if right is None or (soft and (left is None or not left.operations or right.operations or left.value is None)):
             continue
-        yield Equation(
-            left,
-            right,
-            "" if soft else label,
-            tokens[cut].text == "≈" or any(t.text in ("about", "approximately", "roughly") for t in tokens),
-        )
+        yield Equation(left, right, "" if soft else label, about or tokens[cut].text == "≈")
 
 
 def _whole_side(tokens: list[_Token]) -> Side | None:

@@ -173,7 +173,8 @@ class RulesJudge:
         self.name += "".join(f"-{name}" for name in sorted(self.off))
 
     def __call__(self, views: list[StepView]) -> list[Verdict]:
-        return [replace(self._judge(view), judge=self.name) for view in views]
+        verdicts = [self._judge(view) for view in views]
+        return verdicts if self.name == NAME else [replace(verdict, judge=self.name) for verdict in verdicts]
 
     def _judge(self, view: StepView) -> Verdict:
         action = view.action

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 
 from swirl_env import answers, numerals
-from swirl_env.judges.equations import Equation, Form, equations, holds
+from swirl_env.judges.equations import MAX_CHARACTERS, Equation, Form, equations, holds
 
 Check = Callable[[str, Sequence[str], str], str | None]
 
@@ -174,6 +174,7 @@ def doubt(question: str, earlier: Sequence[str], text: str) -> str | None:
 
 
 STATEMENTS: tuple[Check, ...] = (false_equation, broken_chain, contradiction, foreign, boxed)
+_DIGIT = re.compile(r"\d")
 CHECKS: dict[str, Check] = {check.__name__: check for check in (*STATEMENTS, doubt)}
 
 
@@ -186,8 +187,9 @@ def wrong(question: str, earlier: Sequence[str], text: str, checks: Sequence[Che
         text: the step's own.
         checks: in order.
     """
-    if not any(character.isdigit() for character in text):
+    if not _DIGIT.search(text):
         checks = [check for check in checks if check is doubt]
+    text, earlier = text[:MAX_CHARACTERS], [said[:MAX_CHARACTERS] for said in earlier]
     for check in checks:
         if (found := check(question, earlier, text)) is not None:
             return f"{check.__name__.replace('_', ' ')}: {found}"[:300]
