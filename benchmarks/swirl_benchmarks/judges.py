@@ -11,7 +11,8 @@ take is a malformed action, which `ask` scores 0 for every judge; the row `GOOD 
 
 Every judge goes one way: views in, verdicts out, GOOD is a score of at least 0.5. Of the two forms of the rules judge, `rules-written`
 is for ProcessBench, where thought follows thought, and `rules` for episodes with tools. A row `..., three folds` is the
-same judge with its named checks chosen on two folds (by hash of the question) and scored on the third, pooled. An unknown
+same judge with its named checks chosen on two folds (by hash of the question) and scored on the third, pooled. The folds choose which checks are on; how the checks are
+worded, and their thresholds, was settled with examples of both sets in view, so these rows are optimistic too. An unknown
 verdict is left out of the figures and counted; a ProcessBench sample with an unknown before its first BAD is left out
 whole. Intervals resample questions.
 """
