@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import tyro
+
 from swirl_benchmarks import evaluate
 from swirl_benchmarks.terminal import console
 from swirl_env.errors import ConfigError
@@ -60,4 +62,29 @@ def retrieval(*, data: Path | None = None, backends: str = "bm25,dense,hybrid", 
         evaluate.write_json(json, report)
 
 
-BENCHES: dict[str, Callable] = {"speed": speed, "retrieval": retrieval}
+def judges(
+    *,
+    judge: tyro.conf.UseAppendAction[tuple[str, ...]] = ("rules", "rules-written"),
+    limit: int | None = None,
+    json: str | None = None,
+) -> None:
+    """How well judges agree with people, on ProcessBench GSM8K and AgentProcessBench HotPotQA.
+
+    Example: swirl bench judges --judge rules --judge model:http://127.0.0.1:8000/v1
+
+    Args:
+        judge: as in swirl run; may be given several times.
+        limit: samples of each set; none: all.
+        json: file for the figures.
+    """
+    from swirl_benchmarks import judges as suite
+    from swirl_benchmarks.judging import open_judge
+
+    evaluate.check_target(json)
+    report = suite.bench_judges({name: open_judge(name) for name in judge}, limit)
+    suite.print_judges(report, console())
+    if json:
+        evaluate.write_json(json, report)
+
+
+BENCHES: dict[str, Callable] = {"speed": speed, "retrieval": retrieval, "judges": judges}

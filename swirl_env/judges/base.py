@@ -11,6 +11,7 @@ from swirl_env.types import Judge, StepView, Trajectory, Verdict
 
 BY_NAME = {
     "rules": "swirl_env.judges.rules:RulesJudge",
+    "rules-written": "swirl_env.judges.rules:WRITTEN",
     "gold-steps": "swirl_env.judges.gold:GoldSteps",
     "outcome": "swirl_env.judges.combine:Outcome",
 }

@@ -3,7 +3,9 @@
 In the spirit of the paper's judge (section 2.1, appendix E): is this step reasonable given what has been shown? GOOD is
 a score of at least 0.5. Because the score is a reward, each rule also closes a way to farm it.
 
-Thought        0.5 if it says something new and every equation in it holds; the second in a row scores 0.
+Any step       0 if its thought states something false or from nowhere about numbers (`judges.written`: every equation, chains of
+               equations, equations between letters, numbers of calculations, the boxed answer).
+Thought        0.5 if it says something new; the second in a row scores 0.
 Malformed      0.
 Any call       0 on the last step (its result could never be used) or if its evidence is already shown.
 Calculation    evaluates; is not a lone number or something that reduces to one (x + 0, x * 1, x - x); is new, also in
@@ -13,14 +15,18 @@ Calculation    evaluates; is not a lone number or something that reduces to one 
                those three score 0.8, 0.6 and 0.5, below a sound answer, or a policy would learn to calculate for ever.
 Search         holds a word; is new (not the words of an earlier query that found something, not a paragraph already
                shown); at least half of its content words come from the question or the evidence; from the fourth query
-               on, one of them from the evidence; lower once two paragraphs are shown, so that answering is worth more.
-Answer         0 before any evidence. After calculations: the latest result, also rounded as written; bad if most numbers
+               on, one of them from the evidence; not nearly the words of an earlier query that found something; lower once two paragraphs are shown, so that answering is worth more.
+Answer         0 before any evidence; bad if its thought says that it is a guess. After calculations: the latest result, also rounded as written; bad if most numbers
                of the question were never used, lower the fewer were, if another result waits, and after a single
                calculation for three numbers. After searches: `yes` or `no` exactly where the question asks for one, and
                only after two paragraphs that it names; else words that stand together in a paragraph, at most twelve,
                that do not merely repeat the question (unless it offers a choice), with a number or a name where it asks
                for one; lower after a single paragraph, and the less of the question the paragraphs speak of. Number
-               words and digits are equal.
+               words and digits are equal; `yes, both` is a yes.
+
+`RulesJudge(written=True)` (by name `rules-written`) is for solutions written out in prose without tools, as in ProcessBench,
+where thoughts follow each other by nature: a thought scores 1, or 0 where `judges.written` finds it wrong or it doubts
+itself. It rewards no form at all, so it can be farmed by saying nothing: do not train on it.
 
 What it cannot see: whether a sound calculation is the right one, or a grounded answer the asked one.
 """
@@ -29,19 +35,27 @@ import ast
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from swirl_env import answers, numerals
-from swirl_env.errors import ToolError
+from swirl_env.errors import ConfigError, ToolError, near
+from swirl_env.judges import written as checks_of
 from swirl_env.tools.calculator import evaluate, parse, tidy
 from swirl_env.tools.search import words
 from swirl_env.types import Step, StepView, ToolCall, Verdict
 
-NAME = "rules@1"
+NAME = "rules@2"
 
 MAX_IDLE = 3
 """Calculations of an episode that may bring nothing new together (more: 0.5 % of the steps of GSM8K's worked solutions)."""
+
+NEAR_REPEAT = 0.7
+"""Share of common content words (of those of either) from which a query repeats another."""
+
+HABITS = ("near_repeat", "guess")
+"""Rules on searches and answers that can be left out by name, as those of `written.CHECKS`, to measure what each adds."""
 
 _STOP = frozenset(
     [
@@ -118,13 +132,20 @@ _STOP = frozenset(
     ]
 )
 _POLAR = re.compile(r"\b(?:is|are|was|were|do|does|did|has|have|had|can|could|will|would|should)\b", re.I)
+_DIGIT = re.compile(r"\d")
 _WH = re.compile(r"\b(?:what|which|who|whom|whose|where|when|how|why|name)\b", re.I)
 _CHOICE = re.compile(
     r"\bor\b|\bbetween\b|\bout of\b|\bof the two\b|\b\w+(?:er|est)\b.*,|\b(?:first|more|most|both)\b", re.I
 )
 _ASKS_NUMBER = re.compile(r"\bhow (?:many|much|old|long|tall|far|large|high)\b|\b(?:what|which) year\b", re.I)
 _ASKS_PERSON = re.compile(r"^\W*(?:who|whose|whom)\b", re.I)
-_EQUATION = re.compile(r"(?<![\w.])([\d.,()$\s+*/x×÷-]{3,80})=\s?\$?(-?[\d,]*\.?\d+)(?![\d.,]*\s?[-+*/x×÷%\d(])")
+_GUESS = re.compile(
+    r"\b(?:I (?:recall|think|believe|guess|assume)|from memory|not sure|uncertain|unsure|likely|probably|maybe|perhaps|assum\w+|unclear"
+    r"|might be|unable|insufficient|(?:couldn't|could not|can't|cannot|did not|didn't|do not|don't|does not|doesn't|no)"
+    r" (?:be )?(?:find|found|determined?|identif\w+|verif\w+|confirm|mention|specify|provide|information|direct|explicit|results?|know)"
+    r"|not (?:explicitly|directly|provided|mentioned|found|specified))\b",
+    re.I,
+)
 
 
 def _verdict(score: float, reason: str) -> Verdict:
@@ -132,38 +153,68 @@ def _verdict(score: float, reason: str) -> Verdict:
 
 
 class RulesJudge:
-    """Deterministic and stateless; see the module's text for the rules."""
+    """Deterministic and stateless; see the module's text for the rules.
 
-    name = NAME
+    Args:
+        written: judge what solutions written in prose state, and not the form of an episode with tools.
+        off: rules to leave out, by name, of `HABITS` and `written.CHECKS`.
+    """
+
     uses_gold = False
 
+    def __init__(self, written: bool = False, off: Iterable[str] = ()):
+        self.written, self.off = written, frozenset(off)
+        known = [*checks_of.CHECKS, *HABITS]
+        for name in self.off.difference(known):
+            raise ConfigError(f"off= names a rule that is not there: {name!r}.{near(name, known)}")
+        checks = tuple(checks_of.CHECKS.values()) if written else checks_of.STATEMENTS
+        self._checks = tuple(check for check in checks if check.__name__ not in self.off)
+        self.name = NAME.replace("rules", "rules-written") if written else NAME
+        self.name += "".join(f"-{name}" for name in sorted(self.off))
+
     def __call__(self, views: list[StepView]) -> list[Verdict]:
-        return [_judge(view) for view in views]
+        verdicts = [self._judge(view) for view in views]
+        return verdicts if self.name == NAME else [replace(verdict, judge=self.name) for verdict in verdicts]
 
+    def _judge(self, view: StepView) -> Verdict:
+        action = view.action
+        if action.malformed is not None:
+            return _verdict(0.0, f"malformed: {action.malformed}")
+        if fault := self.fault(view):
+            return _verdict(0.0, f"the thought is wrong: {fault}")
+        if action.answer is not None:
+            verdict = _answer(view, action.answer)
+            if verdict.good and "guess" not in self.off and (guess := _GUESS.search(action.thought)):
+                return _verdict(0.3, f"a guess: {guess[0]!r}")
+            return verdict
+        if view.steps_left == 0:
+            return _verdict(0.0, "the last step, and not an answer")
+        if not action.calls:
+            return _verdict(1.0, "nothing false was found") if self.written else _thought(view)
+        earlier = _evidence(view.steps)
+        verdicts = []
+        for call in action.calls:
+            if "expression" in call.arguments:
+                verdicts.append(_calculation(view.question, earlier, call))
+            elif "query" in call.arguments and call.name != "sql":
+                verdict = _query(view.question, earlier, call)
+                if verdict.good and "near_repeat" not in self.off and _near_repeat(earlier, call):
+                    verdict = _verdict(0.2, "nearly the words of an earlier query that found something")
+                verdicts.append(verdict)
+            else:
+                verdicts.append(_other(earlier, call))
+            earlier.append(_Shown(call, None))  # a repeat inside one action is a repeat
+        return min(verdicts, key=lambda verdict: verdict.score or 0.0)
 
-def _judge(view: StepView) -> Verdict:
-    action = view.action
-    if action.malformed is not None:
-        return _verdict(0.0, f"malformed: {action.malformed}")
-    if wrong := wrong_equation(action.thought):
-        return _verdict(0.0, f"the thought says {wrong!r}, which does not hold")
-    if action.answer is not None:
-        return _answer(view, action.answer)
-    if view.steps_left == 0:
-        return _verdict(0.0, "the last step, and not an answer")
-    if not action.calls:
-        return _thought(view)
-    earlier = _evidence(view.steps)
-    verdicts = []
-    for call in action.calls:
-        if "expression" in call.arguments:
-            verdicts.append(_calculation(view.question, earlier, call))
-        elif "query" in call.arguments and call.name != "sql":
-            verdicts.append(_query(view.question, earlier, call))
-        else:
-            verdicts.append(_other(earlier, call))
-        earlier.append(_Shown(call, None))  # a repeat inside one action is a repeat
-    return min(verdicts, key=lambda verdict: verdict.score or 0.0)
+    def fault(self, view: StepView) -> str | None:
+        """What the step's thought states that is false or from nowhere; `None` where nothing is found."""
+        text = view.action.thought
+        if not text or (not self.written and not _DIGIT.search(text)):
+            return None
+        said = [
+            text for step in view.steps for text in (step.action.thought, *(result.text for result in step.results))
+        ]
+        return checks_of.wrong(view.question, said, text, self._checks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,19 +243,7 @@ def _evidence(steps: tuple[Step, ...]) -> list[_Shown]:
 
 def wrong_equation(text: str) -> str | None:
     """The first written equation that is false (`48 / 2 = 25`), allowing for rounding as written; else `None`."""
-    if "=" not in text:
-        return None
-    for match in _EQUATION.finditer(text[:10_000]):
-        left = match[1].strip(" ,.$")
-        if not re.search(r"[\d)]\s*[-+*/x×÷]\s*[\d$(.]", left):
-            continue
-        try:
-            value = float(evaluate(left))
-        except (ToolError, OverflowError):
-            continue
-        if not _rounds_to(value, match[2].replace(",", "")):
-            return match[0].strip()
-    return None
+    return checks_of.false_equation("", (), text)
 
 
 def _thought(view: StepView) -> Verdict:
@@ -404,6 +443,12 @@ def _query(question: str, earlier: list[_Shown], call: ToolCall) -> Verdict:
     return _verdict(max(score, 0.5), "a new query tied to the question or the evidence")
 
 
+def _near_repeat(earlier: list[_Shown], call: ToolCall) -> bool:
+    query = content(str(call.arguments["query"]))
+    others = [content(_text_of(shown.call)) for shown in earlier if shown.text is not None]
+    return any(len(query & other) >= NEAR_REPEAT * len(query | other) for other in others)
+
+
 def _text_of(call: ToolCall) -> str:
     return " ".join(map(str, call.arguments.values()))
 
@@ -478,10 +523,11 @@ def _text_answer(question: str, paragraphs: list[str], answer: str) -> Verdict:
     plain, polar = _plain(answer), is_polar(question)
     shown = {paragraph for text in paragraphs for paragraph in text.split("\n\n")}
     titles = {paragraph.partition("\n")[0] for paragraph in shown}
+    first = plain.split()[0] if plain.strip() else ""
     if polar or plain.strip() in ("yes", "no"):
         if not polar:
             return _verdict(0.0, "yes or no where the question asks for something else")
-        if plain.strip() not in ("yes", "no"):
+        if first not in ("yes", "no"):
             return _verdict(0.0, "the question asks for yes or no")
         named = [title for title in titles if content(title) & content(question)]
         if len(named) < 2:
@@ -507,3 +553,7 @@ def _text_answer(question: str, paragraphs: list[str], answer: str) -> Verdict:
     return _verdict(
         score, "stands in what was found" if len(shown) > 1 else "stands in the one paragraph that was found"
     )
+
+
+WRITTEN = RulesJudge(written=True)
+"""The judge called `rules-written`."""

@@ -158,7 +158,7 @@ def test_swirl_judge(recorded, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "They agree on" in done.stdout
     figures = json.loads((tmp_path / "o.json").read_text())
-    assert figures["judges"]["rules@1"]["process"]["mean"] > 0.9
+    assert figures["judges"]["rules@2"]["process"]["mean"] > 0.9
     assert (tmp_path / "judged-gold-steps@1.jsonl").exists()
     done = subprocess.run([*command, "nope"], capture_output=True, text=True)
     assert done.returncode == 2

@@ -134,7 +134,7 @@ def test_judge_and_penalty(mine):
     assert env.step(f"<think>{'long ' * 20}</think>")[1] == -0.25
     assert env.step("short and no action")[1] == -0.25  # malformed scores 0, whatever the judge thinks
     env = JudgeReward(make(), "rules")
-    assert env.unwrapped.judge.name == "rules@1"
+    assert env.unwrapped.judge.name == "rules@2"
 
 
 def test_specs_keep_wrappers(mine):

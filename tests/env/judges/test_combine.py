@@ -80,12 +80,12 @@ def test_gold_reaches_a_part_through_the_whole():
 @pytest.mark.parametrize(
     ("spec", "name"),
     [
-        ("rules", "rules@1"),
-        ("rules+gold-steps", "gate(rules@1,gold-steps@1)"),
-        ({"combine": ["rules", "outcome"], "how": "mean", "weights": [1, 3]}, "mean(1*rules@1,3*outcome@1)"),
+        ("rules", "rules@2"),
+        ("rules+gold-steps", "gate(rules@2,gold-steps@1)"),
+        ({"combine": ["rules", "outcome"], "how": "mean", "weights": [1, 3]}, "mean(1*rules@2,3*outcome@1)"),
         (
             {"combine": ["rules", {"combine": ["outcome", "rules"], "how": "first"}], "how": "min"},
-            "min(rules@1,first(outcome@1,rules@1))",
+            "min(rules@2,first(outcome@1,rules@2))",
         ),
     ],
 )

@@ -455,8 +455,8 @@ def test_only_a_gold_judge_sees_gold():
 
 
 def test_judges_by_name():
-    assert make_judge("rules").name == "rules@1"
-    assert make_judge("swirl_env.judges.rules:RulesJudge").name == "rules@1"
+    assert make_judge("rules").name == "rules@2"
+    assert make_judge("swirl_env.judges.rules:RulesJudge").name == "rules@2"
     for name, says in [
         ("ruls", "Did you mean 'rules'"),
         ("os:path_", "has no 'path_'"),
