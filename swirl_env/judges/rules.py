@@ -132,7 +132,6 @@ _STOP = frozenset(
     ]
 )
 _POLAR = re.compile(r"\b(?:is|are|was|were|do|does|did|has|have|had|can|could|will|would|should)\b", re.I)
-_DIGIT = re.compile(r"\d")
 _WH = re.compile(r"\b(?:what|which|who|whom|whose|where|when|how|why|name)\b", re.I)
 _CHOICE = re.compile(
     r"\bor\b|\bbetween\b|\bout of\b|\bof the two\b|\b\w+(?:er|est)\b.*,|\b(?:first|more|most|both)\b", re.I
@@ -209,7 +208,7 @@ class RulesJudge:
     def fault(self, view: StepView) -> str | None:
         """What the step's thought states that is false or from nowhere; `None` where nothing is found."""
         text = view.action.thought
-        if not text or (not self.written and not _DIGIT.search(text)):
+        if not text or not (self.written or checks_of.states(text)):
             return None
         said = [
             text for step in view.steps for text in (step.action.thought, *(result.text for result in step.results))

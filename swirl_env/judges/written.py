@@ -174,8 +174,13 @@ def doubt(question: str, earlier: Sequence[str], text: str) -> str | None:
 
 
 STATEMENTS: tuple[Check, ...] = (false_equation, broken_chain, contradiction, foreign, boxed)
-_DIGIT = re.compile(r"\d")
+_NUMERAL = re.compile(r"\d[\d.,]*")
 CHECKS: dict[str, Check] = {check.__name__: check for check in (*STATEMENTS, doubt)}
+
+
+def states(text: str) -> bool:
+    """Whether a text may say something false about numbers: it holds two of them, or an equals sign, or a box."""
+    return "=" in text or "boxed" in text or len(_NUMERAL.findall(text)) > 1
 
 
 def wrong(question: str, earlier: Sequence[str], text: str, checks: Sequence[Check] = STATEMENTS) -> str | None:
@@ -187,7 +192,7 @@ def wrong(question: str, earlier: Sequence[str], text: str, checks: Sequence[Che
         text: the step's own.
         checks: in order.
     """
-    if not _DIGIT.search(text):
+    if not states(text):
         checks = [check for check in checks if check is doubt]
     text, earlier = text[:MAX_CHARACTERS], [said[:MAX_CHARACTERS] for said in earlier]
     for check in checks:
