@@ -128,7 +128,7 @@ def _index(documents: Sequence[Document]) -> tuple[dict[str, np.ndarray], dict[s
     vocabulary: dict[str, int] = {}
     tokens = [
         [vocabulary.setdefault(word, len(vocabulary)) for word in words(f"{d.title} " * TITLE_WEIGHT + d.text) or [""]]
-        for d in tqdm(documents, "index", unit="paragraph", disable=quiet)
+        for d in tqdm(documents, "index", unit="paragraph", disable=quiet, mininterval=1)
     ]
     index = bm25s.BM25()
     index.index((tokens, vocabulary), create_empty_token=False, show_progress=not quiet)

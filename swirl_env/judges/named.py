@@ -1,0 +1,70 @@
+"""Judges by name or by JSON, as `judge=` of `gym.make` takes them."""
+
+from typing import Any
+
+from swirl_env.client import make_endpoint
+from swirl_env.errors import ConfigError, UnknownNameError, near
+from swirl_env.judges.cache import Cached
+from swirl_env.judges.combine import Combine
+from swirl_env.judges.model import ModelJudge
+from swirl_env.names import load_object
+from swirl_env.types import Judge
+
+BY_NAME = {
+    "rules": "swirl_env.judges.rules:RulesJudge",
+    "rules-written": "swirl_env.judges.rules:WRITTEN",
+    "gold-steps": "swirl_env.judges.gold:GoldSteps",
+    "outcome": "swirl_env.judges.combine:Outcome",
+}
+_SPEC = """{"combine": ["rules", "model:http://127.0.0.1:8000/v1"], "how": "gate"}"""
+
+
+def make_judge(spec: str | dict[str, Any]) -> Judge:
+    """A judge by name or by JSON.
+
+    Args:
+        spec: `rules`, `gold-steps`, `outcome`; `model:URL` or `model:URL#MODEL`, a model behind an OpenAI-compatible server;
+            `module:attribute`, a judge or a class of judges; several of these joined by `+`, each asked only about what all
+            before it call good. Or a dict: `{"combine": [...], "how": ..., "weights": ...}` (see `Combine`), `{"model": URL,
+            "mode": ..., "samples": ..., ...}` (see `ModelJudge`; other keys are settings of `ChatClient`); either may have
+            `"cache": FILE`.
+
+    Raises:
+        UnknownNameError: nothing is called that, with the near match. ConfigError: a value that cannot work.
+    """
+    if isinstance(spec, dict):
+        return _from_dict(dict(spec))
+    if not isinstance(spec, str):
+        raise ConfigError(f"judge= takes a name such as 'rules' or 'module:attribute', or {_SPEC}; got {spec!r}.")
+    if spec.startswith("model:"):
+        return _from_dict({"model": spec.removeprefix("model:")})
+    if "+" in spec:
+        return _from_dict({"combine": spec.split("+"), "how": "gate"})
+    if spec not in BY_NAME and ":" not in spec:
+        known = [*BY_NAME, "model:URL"]
+        raise UnknownNameError(f"No judge is called {spec!r}.{near(spec, known)} Your own: 'module:attribute'.")
+    judge = load_object(BY_NAME.get(spec, spec), "judge")
+    judge = judge() if isinstance(judge, type) else judge
+    if not callable(judge) or not isinstance(getattr(judge, "name", None), str):
+        raise ConfigError(f"{spec!r} is not a judge: expected a callable with a `name`, got {judge!r}.")
+    return judge
+
+
+def _from_dict(spec: dict[str, Any]) -> Judge:
+    path = spec.pop("cache", None)
+    if "combine" in spec:
+        judges = spec.pop("combine")
+        if not isinstance(judges, list):
+            raise ConfigError(f"'combine' takes a list of judges, such as {_SPEC}; got {judges!r}.")
+        if unknown := set(spec) - {"how", "weights"}:
+            raise UnknownNameError(f"combine has no setting {min(unknown)!r}.{near(min(unknown), ['how', 'weights'])}")
+        judge: Judge = Combine([make_judge(one) for one in judges], **spec)
+    elif "model" in spec:
+        mode, samples = spec.pop("mode", "verdict"), spec.pop("samples", 1)
+        settings = {"temperature": 0.0 if samples == 1 else 1.0, "top_logprobs": 20 if mode == "probability" else 0}
+        judge = ModelJudge(make_endpoint(spec.pop("model"), **settings | spec), mode, samples)
+    else:
+        raise ConfigError(f"A judge as JSON is {_SPEC} or {{'model': URL}}; got keys {', '.join(spec)}.")
+    if path is None:
+        return judge
+    return Cached(judge, path)
