@@ -23,6 +23,7 @@ from swirl_env.tasks import load_tasks, options_of
 from swirl_env.tools import call_tool, make_tool, named_tools
 from swirl_env.tools.base import function_schema
 from swirl_env.tools.search import make_search
+from swirl_env.transport import without_credentials
 from swirl_env.types import (
     Action,
     EnvRecord,
@@ -176,7 +177,8 @@ class ToolEnv(gym.Env[str, str]):
         """What a trajectory says of this environment."""
         schemas = tuple(function_schema(tool) for tool in self.tools.values())
         name = self.spec.id if self.spec is not None else self.task_set.name
-        return EnvRecord(name, dict(self._kwargs), self.grammar.dialect.name, schemas)
+        kwargs = json.loads(without_credentials(json.dumps(self._kwargs, default=str)))
+        return EnvRecord(name, kwargs, self.grammar.dialect.name, schemas)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         """Begin an episode: a task drawn from the env's own generator, or `options={"task_id": ...}`.

@@ -304,6 +304,14 @@ class Transport:
         return Failure(f"{self.url} refuses the request ({status}).{said}", "refused")
 
 
+_LOGIN = re.compile(r"(\w+://)[^/@\s\"']+@")
+
+
+def without_credentials(text: str) -> str:
+    """A text whose addresses have lost their users and passwords: what may be written down."""
+    return _LOGIN.sub(r"\1", text)
+
+
 def _said(value: Any, content: bytes) -> str:
     """What an error body says: OpenAI's `error.message`, FastAPI's `detail`, or the text itself."""
     while isinstance(value, dict):

@@ -69,6 +69,7 @@ def eval_(
 
     from swirl_benchmarks import evaluate, stages
     from swirl_benchmarks.judging import open_judge
+    from swirl_env.transport import without_credentials
 
     if (tasks is not None and tasks < 1) or samples < 1 or seed < 0:
         raise ConfigError(
@@ -93,6 +94,7 @@ def eval_(
             make, policy, chosen, Path(scratch) / "acted.jsonl", samples=samples, seed=seed, name="evaluate"
         )
         judged = stages.judge(acted, judging, Path(out) if out else Path(scratch) / "judged.jsonl")
+    model = without_credentials(model)
     figures = evaluate.report(world, model, judged) | {"judge": judging.name, "seed": seed, "temperature": temperature}
     evaluate.print_table(f"{env}, mean [95 % interval]", {model: figures}, console())
     if figures["unknown"]:

@@ -18,6 +18,7 @@ from swirl_env.client import PREFIX, make_endpoint
 from swirl_env.env import ToolEnv
 from swirl_env.errors import ConfigError, SwirlError, UnknownNameError, near
 from swirl_env.registration import ENVS
+from swirl_env.transport import without_credentials
 from swirl_env.types import Policy, Trajectory
 
 ROWS = {
@@ -123,5 +124,6 @@ def write_json(path: str | Path, data: Any) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = without_credentials(json.dumps(data, indent=1, ensure_ascii=False))
+    part.write_text(text + "\n", encoding="utf-8")
     part.replace(path)

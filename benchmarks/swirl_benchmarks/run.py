@@ -27,6 +27,7 @@ from swirl_benchmarks.metrics import paired_difference, process_score
 from swirl_env.env import ToolEnv
 from swirl_env.errors import ConfigError, UnknownNameError, near
 from swirl_env.io import Writer
+from swirl_env.transport import without_credentials
 from swirl_env.types import Trajectory
 
 
@@ -232,7 +233,7 @@ def _check(config: RunConfig) -> None:
 
 def _claim(folder: Path, config: RunConfig) -> None:
     """Write `run.json`, or check that the folder's run has the same config."""
-    mine = json.loads(json.dumps(asdict(config)))
+    mine = json.loads(without_credentials(json.dumps(asdict(config))))
     path = folder / "run.json"
     if path.exists():
         try:

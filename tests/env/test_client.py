@@ -17,7 +17,7 @@ from swirl_agents.testing_server import FAULTS, ChatServer
 
 from swirl_env.client import ChatClient, _ended, make_endpoint
 from swirl_env.errors import ConfigError, UnknownArgumentError
-from swirl_env.transport import _seconds
+from swirl_env.transport import _seconds, without_credentials
 from swirl_env.types import Completion, Message, Transcript
 
 STOPS = ("</search>", "</answer>")
@@ -501,3 +501,15 @@ def test_no_reply_breaks_the_client(fuzzed, reply):
     completion = only(ChatClient(fuzzed.url, "test", retries=0, top_logprobs=1)([state()]))
     assert completion.text
     assert completion.finish in ("stop", "eos", "length", "error")
+
+
+@pytest.mark.parametrize(
+    ("text", "safe"),
+    [
+        ("http://user:pass@host:80/v1#m", "http://host:80/v1#m"),
+        ('{"judge": "model:https://u:p%40@h/v1"}', '{"judge": "model:https://h/v1"}'),
+        ("http://host/a@b and me@example.org", "http://host/a@b and me@example.org"),
+    ],
+)
+def test_what_is_written_down_holds_no_credentials(text, safe):
+    assert without_credentials(text) == safe

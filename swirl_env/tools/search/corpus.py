@@ -56,7 +56,7 @@ def write(file: Path, folder: Path) -> None:
     """
     ends, end = array("q"), 0
     with (folder / "documents.bin").open("wb") as out:
-        for where, row in tqdm(read_official(file), f"read {file.name}", unit="paragraph", delay=2):
+        for where, row in tqdm(read_official(file), f"read {file.name}", unit="paragraph", delay=2, mininterval=1):
             title, text = (row.get("title"), row.get("text")) if isinstance(row, dict) else (None, None)
             if not isinstance(title, str) or not isinstance(text, str):
                 raise DataError(f'{where}: a corpus record is {{"title": ..., "text": ...}}, got {str(row)[:60]}.')

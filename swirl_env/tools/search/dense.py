@@ -57,7 +57,9 @@ class Dense:
     def _write(self, folder: Path) -> None:
         size = (len(self.documents), self.encoder.size)
         vectors_ND = np.lib.format.open_memmap(folder / "vectors.npy", "w+", np.float32, size)
-        for start in tqdm(range(0, len(vectors_ND), _CHUNK), "embed", unit_scale=_CHUNK, unit="paragraph", delay=2):
+        for start in tqdm(
+            range(0, len(vectors_ND), _CHUNK), "embed", unit_scale=_CHUNK, unit="paragraph", delay=2, mininterval=1
+        ):
             vectors_ND[start : start + _CHUNK] = self.encoder.encode(_texts(self.documents[start : start + _CHUNK]))
         vectors_ND.flush()
 
