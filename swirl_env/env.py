@@ -9,6 +9,7 @@ import copy
 import json
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -85,7 +86,7 @@ class ToolEnv(gym.Env[str, str]):
         tasks: str,
         *,
         split: str = "train",
-        path: str | None = None,
+        path: str | Path | None = None,
         tools: Sequence[str] = (),
         judge: str | dict[str, Any] | None = "rules",
         reward: str = "process",
@@ -115,7 +116,11 @@ class ToolEnv(gym.Env[str, str]):
         ):
             raise ConfigError(f"outcome_weight must lie in [0, 1], got {outcome_weight!r}.")
         if not isinstance(tools, (list, tuple)) or not all(isinstance(name, str) for name in tools):
-            raise ConfigError(f"tools must be a list of names, such as ['search', 'module:attribute'], got {tools!r}.")
+            raise ConfigError(
+                f"tools must be a list of names, such as ['search', 'module:attribute'], got {tools!r}. A live tool comes in by "
+                "wrapper: AddTool(env, tool)."
+            )
+        path = str(path) if isinstance(path, Path) else path
         if path is not None and (not isinstance(path, str) or not path):
             raise ConfigError(f"path must name a file, or be None for the bundled tasks; got {path!r}.")
         for name, value in (("max_steps", max_steps), ("malformed_limit", malformed_limit)):
@@ -213,6 +218,8 @@ class ToolEnv(gym.Env[str, str]):
         if self._done or self.task is None:
             raise ResetNeeded("The episode is over (or has not begun): call reset() before step().")
         left = self.max_steps - len(self.steps) - 1
+        if not getattr(self.judge, "uses_gold", False):
+            return StepView(self.task.question, tuple(self.steps), action, left)
         return StepView(self.task.question, tuple(self.steps), action, left, self.task, results)
 
     def prepare(self, taken: Taken) -> None:

@@ -83,8 +83,21 @@ def write_body(tool: Tool | None, arguments: Mapping[str, Any], marks: str, bare
 
 def hint(tool: Tool) -> str:
     """What stands in a body, for the prompt."""
-    required = tool.parameters.get("required", [])
-    return json.dumps(dict.fromkeys(required, "...")) if len(required) > 1 else main_argument(tool) or ""
+    properties, required = tool.parameters.get("properties", {}), tool.parameters.get("required", [])
+    if len(properties) <= 1:
+        return main_argument(tool) or ""
+    shown = ", ".join(
+        f'"{name}": {_kind(entry)}{"" if name in required else " (optional)"}' for name, entry in properties.items()
+    )
+    return f"{{{shown}}}"
+
+
+def _kind(schema: Any) -> str:
+    """How a value is written, for the prompt."""
+    kind = schema.get("type") if isinstance(schema, dict) else None
+    return {"string": '"..."', "integer": "1", "number": "1.5", "boolean": "true", "array": "[...]"}.get(
+        str(kind), "..."
+    )
 
 
 def _schema(tool: Tool) -> str:

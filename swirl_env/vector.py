@@ -48,9 +48,13 @@ class ToolVectorEnv(SyncVectorEnv):
         except ValueError:
             known = ", ".join(repr(mode.value) for mode in AutoresetMode)
             raise ConfigError(f"autoreset_mode is one of {known}; got {autoreset_mode!r}.") from None
+        if not all(callable(make) for make in env_fns):
+            raise ConfigError("ToolVectorEnv takes functions that make environments, such as [make_env] * 8.")
         if not env_fns:
             raise ConfigError("A vector environment needs at least one environment.")
         super().__init__(env_fns, copy=False, autoreset_mode=mode)  # texts cannot be changed
+        if len({id(env.unwrapped) for env in self.envs}) < len(self.envs):
+            raise ConfigError("Two of the environments are one and the same: each function must make a new one.")
         self._bases: list[ToolEnv] = []
         judges: dict[str, Judge] = {}
         for env in self.envs:

@@ -25,13 +25,15 @@ from swirl_env.errors import ConfigError, ToolError, UnknownNameError, near
 from swirl_env.io import Writer, read
 from swirl_env.names import name_of
 from swirl_env.tools import make_tool, named_tools
-from swirl_env.types import Judge, Message, Step, Tool, Trajectory
+from swirl_env.types import Message, Step, Tool, Trajectory
 
 
 def _base(env: gym.Env) -> ToolEnv:
-    base = env.unwrapped
+    base = getattr(env, "unwrapped", env)
     if not isinstance(base, ToolEnv):
-        raise ConfigError(f"This wrapper is for environments over ToolEnv, got {type(base).__name__}.")
+        raise ConfigError(
+            f"This wrapper is for environments over ToolEnv, which come first; got {type(base).__name__}."
+        )
     return base
 
 
@@ -131,9 +133,10 @@ class JudgeReward(_Recorded):
         judge: a `Judge`, or its name or JSON as in `judge=`.
     """
 
-    def __init__(self, env: gym.Env, judge: Judge | str | dict[str, Any]):
+    def __init__(self, env: gym.Env, judge: Any):
         base = _base(env)
         named = isinstance(judge, (str, dict))
+        judge = judge() if isinstance(judge, type) else judge
         if not named and (not callable(judge) or not isinstance(getattr(judge, "name", None), str)):
             raise ConfigError(f"Expected a judge (a callable with a `name`) or the name of one, got {judge!r}.")
         super().__init__(env, judge=judge if named else name_of(judge) or judge)

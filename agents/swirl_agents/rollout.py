@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import gymnasium as gym
 
 from swirl_env.env import ToolEnv
+from swirl_env.errors import ConfigError
 from swirl_env.types import Completion, Message, Policy, Step, Trajectory, Transcript
 
 
@@ -76,7 +77,14 @@ def rollout(
         seed: of all draws.
         round: recorded in the trajectories.
     """
-    waiting = iter(tasks)
+    if not callable(make_env):
+        raise ConfigError(f"rollout() takes a function that makes an environment, got {type(make_env).__name__}.")
+    jobs = list(tasks)
+    if wrong := [job for job in jobs if not isinstance(job, tuple) or len(job) != 2]:
+        raise ConfigError(
+            f"rollout() takes (task id, sample number) pairs, such as ('gsm8k-train-0', 0); got {wrong[0]!r}."
+        )
+    waiting = iter(jobs)
     free: list[gym.Env] = []
     running: list[_Episode] = []
     while True:

@@ -101,9 +101,13 @@ def rejudge(run: Path, judges: Sequence[Judge], unknown_limit: float = 1.0) -> d
         ConfigError: there is nothing to judge. `JudgeError`: too much stayed unknown.
     """
     source = run / "trajectories.jsonl" if run.is_dir() else run
+    if not source.is_file():
+        raise ConfigError(f"There is no {source}. Give a run folder of `swirl run`, or a file of trajectories (JSONL).")
     recorded = list(read(source, Trajectory))
     if not recorded:
-        raise ConfigError(f"{source} holds no trajectory. Give a run folder of `swirl run`, or a file of trajectories.")
+        raise ConfigError(
+            f"{source} holds no whole trajectory. Give a run folder of `swirl run`, or a file of trajectories."
+        )
     folder = source.parent
     judged, report = [], {}
     for judge in judges:

@@ -22,11 +22,19 @@ def ask(judge: Judge, batch: list[StepView]) -> list[Verdict]:
         return []
     allowed = batch
     if not getattr(judge, "uses_gold", False):
-        allowed = [StepView(view.question, view.steps, view.action, view.steps_left) for view in batch]
+        allowed = [
+            view
+            if view.task is None and view.results is None
+            else StepView(view.question, view.steps, view.action, view.steps_left)
+            for view in batch
+        ]
     try:
         verdicts = judge(allowed)
-        if len(verdicts) != len(batch):
-            raise ValueError(f"expected {len(batch)} verdicts, got {len(verdicts)}")
+        if not isinstance(verdicts, list) or len(verdicts) != len(batch):
+            came = f"{len(verdicts)}" if isinstance(verdicts, list) else type(verdicts).__name__
+            raise TypeError(
+                f"a judge returns a list with one Verdict a view; for {len(batch)} views it returned {came}"
+            )
     except Exception as error:
         if len(batch) > 1:  # one view that breaks the judge must not blind it to the others
             return [verdict for view in batch for verdict in ask(judge, [view])]

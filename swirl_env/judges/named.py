@@ -1,5 +1,6 @@
 """Judges by name or by JSON, as `judge=` of `gym.make` takes them."""
 
+import json
 from typing import Any
 
 from swirl_env.client import make_endpoint
@@ -35,7 +36,17 @@ def make_judge(spec: str | dict[str, Any]) -> Judge:
     if isinstance(spec, dict):
         return _from_dict(dict(spec))
     if not isinstance(spec, str):
-        raise ConfigError(f"judge= takes a name such as 'rules' or 'module:attribute', or {_SPEC}; got {spec!r}.")
+        raise ConfigError(
+            f"judge= takes a name such as 'rules' or 'module:attribute', or {_SPEC}; got {spec!r}. A live judge comes in by "
+            "wrapper: JudgeReward(env, judge)."
+        )
+    if spec.lstrip().startswith("{"):
+        try:
+            return make_judge(json.loads(spec))
+        except ValueError as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"judge= begins like JSON, but is none: {error}.") from None
     if spec.startswith("model:"):
         return _from_dict({"model": spec.removeprefix("model:")})
     if "+" in spec:

@@ -7,6 +7,7 @@ Any step       0 if its thought states something false or from nowhere about num
                equations, equations between letters, numbers of calculations, the boxed answer).
 Thought        0.5 if it says something new; the second in a row scores 0.
 Malformed      0.
+Other tools    0.6 for a new call, 0.5 after one of that tool that was refused; 0.2 after two of these, or after four calls.
 Any call       0 on the last step (its result could never be used) or if its evidence is already shown.
 Calculation    evaluates; is not a lone number or something that reduces to one (x + 0, x * 1, x - x); is new, also in
                another order; its numbers come from the question (digits, number words, percentages, units), an earlier
@@ -464,7 +465,13 @@ def _other(earlier: list[_Shown], call: ToolCall) -> Verdict:
         return _verdict(0.0, "a call without arguments")
     if any(shown.call == call for shown in earlier):
         return _verdict(0.0, "the same call as before")
-    return _verdict(0.6, "a new call")
+    mine = [shown for shown in earlier if shown.call.name == call.name]
+    refused = sum(shown.text is None for shown in mine)
+    if refused >= 2 or len(mine) >= 4:
+        return _verdict(
+            0.2, f"{refused} calls of this tool were refused" if refused >= 2 else "a fifth call of one tool"
+        )
+    return _verdict(0.5 if refused else 0.6, "a new call, after one that was refused" if refused else "a new call")
 
 
 # -- answers

@@ -30,10 +30,15 @@ class FunctionTool:
         self.function = function
         self.name = function.__name__
         self.description, self.parameters = describe(function)
-        self._model = _model_of(function)
+        plain = all(entry.get("type") == "string" and len(entry.keys() - {"description"}) == 1
+                    for entry in self.parameters.get("properties", {}).values())  # fmt: skip
+        self._model = None if plain else _model_of(function)
+        """What the arguments are read by; `None`: they are texts, and nothing is left to read."""
 
     def check(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments as the type hints want them. Raises `ToolError` that names the one that does not fit."""
+        if self._model is None:
+            return dict(arguments)
         try:
             read = self._model.model_validate(dict(arguments))
         except ValidationError as error:

@@ -90,7 +90,7 @@ def test_eval_random_then_replay(tmp_path):
         (["eval", "swirl/GSM8K-v0", "--model", "oracle", "--kwargs", '{"path": "x"}'], "cannot hold 'path'"),
         (["eval", "swirl/GSM8K-v0", "--model", "oracle", "--kwargs", "{"], "--kwargs must be JSON"),
         (["eval", "swirl/GSM8K-v0", "--model", "oracle", "--kwargs", '{"metric": ["x"]}'], "metric must be a name"),
-        (["judge", "nowhere", "--judge", "rules"], "holds no trajectory"),
+        (["judge", "nowhere", "--judge", "rules"], "There is no nowhere"),
         (["data", "fetch", "gsm9k"], "Did you mean 'gsm8k'"),
         (["bench", "speed", "--only", "envs"], "--only takes env, search"),
         (["play", "swirl/GSM8K-v0", "--seed", "-1"], "--seed must be 0 or more"),

@@ -134,7 +134,10 @@ def test_a_cache_is_asked_once_for_all_runs(recorded, tmp_path):
 
 
 def test_nothing_to_judge_is_told(tmp_path):
-    with pytest.raises(ConfigError, match="holds no trajectory"):
+    with pytest.raises(ConfigError, match="There is no .*trajectories.jsonl"):
+        rejudge(tmp_path, [Server()])
+    (tmp_path / "trajectories.jsonl").write_text('{"task": {"id": "cut')
+    with pytest.raises(ConfigError, match="holds no whole trajectory"):
         rejudge(tmp_path, [Server()])
 
 

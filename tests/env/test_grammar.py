@@ -334,7 +334,7 @@ def test_tool_text_cannot_act(name):
 
 def test_prompt_describes_the_live_tools():
     text = default.prompt("Do it.", "Why?", 5)
-    assert "<lookup>table</lookup> Reads a row." in text
+    assert '<lookup>{"table": "...", "row": 1 (optional)}</lookup> Reads a row.' in text
     assert text.endswith("\n\nWhy?")
     assert "at most 5." in text
 

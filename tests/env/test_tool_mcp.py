@@ -144,7 +144,7 @@ def test_names_descriptions_and_schemas(tools):
     schema = tools["add"].parameters
     assert schema["required"] == ["a"] and schema["properties"]["b"]["default"] == 1
     prompt = Grammar("default", tools.values()).prompt("", "", 5)
-    assert "<add>a</add> Adds two numbers." in prompt
+    assert '<add>{"a": 1, "b": 1 (optional)}</add> Adds two numbers.' in prompt
 
 
 def test_calls(tools):

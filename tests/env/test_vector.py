@@ -1,5 +1,6 @@
 """Vector environments: one way or another, the same episodes; tools side by side; the judge asked once."""
 
+import functools
 import time
 
 import gymnasium as gym
@@ -204,6 +205,11 @@ def test_task_ids_for_each():
     ("make", "says"),
     [
         (lambda: ToolVectorEnv([]), "at least one"),
+        (lambda: ToolVectorEnv([gym.make("swirl/GSM8K-v0")]), "functions that make environments"),
+        (
+            lambda: ToolVectorEnv([functools.partial(lambda env: env, gym.make("swirl/GSM8K-v0"))] * 2),
+            "one and the same",
+        ),
         (lambda: ToolVectorEnv([lambda: gym.make("CartPole-v1")]), "over ToolEnv"),
         (lambda: gym.make_vec("swirl/GSM8K-v0", num_envs=1, autoreset_mode="sometimes"), "autoreset_mode is one of"),
         (lambda: gym.make_vec("swirl/GSM8K-v0", num_envs=2).step(["x"]), "takes 2 actions"),

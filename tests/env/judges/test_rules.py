@@ -464,3 +464,12 @@ def test_judges_by_name():
     ]:
         with pytest.raises(ValueError, match=says):
             make_judge(name)
+
+
+def test_refused_calls_of_other_tools_do_not_pay_for_long():
+    judge, steps, scores = RulesJudge(), (), []
+    for i in range(6):
+        action = Action(f"<sql>drop {i}</sql>", calls=(ToolCall("sql", {"query": f"drop table t{i}"}),))
+        scores.append(ask(judge, [StepView("How many?", steps, action, 5)])[0].score)
+        steps += (Step(action, (ToolResult("Only SELECT is allowed.", "tool_error"),)),)
+    assert scores == [0.6, 0.5, 0.2, 0.2, 0.2, 0.2]
