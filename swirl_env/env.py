@@ -241,11 +241,10 @@ class ToolEnv(gym.Env[str, str]):
         self._malformed += parsed.malformed is not None
         if parsed.answer is not None:
             self.stop = "answered"
-        elif any(result.error == "crash" for result in results):
+        elif crashed := [result.text for result in results if result.error == "crash"]:
             self.stop = "error"
-            crashed = next(result.text for result in results if result.error == "crash")
             warnings.warn(
-                f"{crashed} (the episode ends; raise ToolError for what the model should read)",
+                f"{crashed[0]} (the episode ends; raise ToolError for what the model should read)",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -256,9 +255,12 @@ class ToolEnv(gym.Env[str, str]):
         self._done = self.stop is not None
         observation = "" if self._done else self.grammar.observation(parsed, results, left)
         self.steps.append(Step(parsed, results, observation))
-        said = (Message("assistant", parsed.text),) + (() if self._done else (Message("user", observation),))
+        said: tuple[Message, ...] = (Message("assistant", parsed.text),)
+        self._text = f"{self._text}\n{parsed.text}"
+        if not self._done:
+            said += (Message("user", observation),)
+            self._text = f"{self._text}\n{observation}"
         self.transcript = Transcript(self.transcript.messages + said, self.grammar.stop)
-        self._text = "\n".join((self._text, *(message.content for message in said)))
         info = {
             "task_id": self.task.id,
             "transcript": self.transcript,
@@ -268,8 +270,12 @@ class ToolEnv(gym.Env[str, str]):
         outcome: float | None = 0.0
         if self._done:
             info["outcome"] = outcome = self.task_set.outcome(self.task, parsed.answer)
-        weight = {"process": 0.0, "outcome": 1.0, "both": self.outcome_weight}[self.reward]
-        reward = weight * (outcome or 0.0) + (1 - weight) * process
+        if self.reward == "process":
+            reward = process
+        elif self.reward == "outcome":
+            reward = outcome or 0.0
+        else:
+            reward = self.outcome_weight * (outcome or 0.0) + (1 - self.outcome_weight) * process
         terminated = self.stop == "answered"
         return self._text, float(reward), terminated, self._done and not terminated, info
 

@@ -161,7 +161,7 @@ class Grammar:
             )
         try:
             parts = self.syntax.read(text)
-            thought = "\n".join(filter(None, map(str.strip, parts.thoughts)))
+            thought = "\n".join([stripped for said in parts.thoughts if (stripped := said.strip())])
             self._check(parts, thought)
         except Malformed as reason:
             return Action(text, malformed=f"{reason} {self.syntax.advice()}")
