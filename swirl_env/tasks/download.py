@@ -236,7 +236,8 @@ def _receive(source: Source, part: Path) -> None:
             raise requests.HTTPError("the server sent another part than was asked for")
         have = have if goes_on else 0
         plain = "Content-Length" in response.headers and "Content-Encoding" not in response.headers
-        coming = int(response.headers["Content-Length"]) if plain else None
+        said = response.headers.get("Content-Length", "")
+        coming = int(said) if plain and said.isdecimal() else None
         if coming is not None and shutil.disk_usage(part.parent).free < coming:
             raise _Refused(f"{coming:,} bytes are to come, and {part.parent} has no room for them.")
         etag_file.write_text(_validator(response.headers))
@@ -247,8 +248,18 @@ def _receive(source: Source, part: Path) -> None:
             for piece in response.iter_content(1 << 16):
                 out.write(piece)
                 bar.update(len(piece))
-    if coming is not None and _size(part) != have + coming:
+    if (coming is not None and _size(part) != have + coming) or not _ends_well(source, part):
         raise requests.ConnectionError("the connection was cut")
+
+
+def _ends_well(source: Source, part: Path) -> bool:
+    """Whether a file ends as one of its kind does: a server that tells no length may have cut it."""
+    with part.open("rb") as file:
+        file.seek(max(0, _size(part) - 65_600))
+        tail = file.read()
+    if source.file.endswith(".zip"):
+        return b"PK\x05\x06" in tail  # the record at the end of every archive
+    return tail.rstrip().endswith((b"}", b"]"))
 
 
 def _validator(headers: Mapping[str, str]) -> str:

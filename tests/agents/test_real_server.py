@@ -16,7 +16,9 @@ from swirl_agents.rollout import rollout
 import swirl_env  # noqa: F401
 from swirl_env.client import ChatClient, make_endpoint
 from swirl_env.errors import ConfigError
-from swirl_env.types import Message, Transcript
+from swirl_env.judges import ask
+from swirl_env.judges.model import ModelJudge
+from swirl_env.types import Action, Message, StepView, Transcript
 
 pytestmark = pytest.mark.slow
 SAMPLED = {"generation_config": '{"do_sample": true, "eos_token_id": 2, "pad_token_id": 2}'}  # its default is greedy
@@ -94,3 +96,18 @@ def test_a_real_model_plays(server):
 def test_a_model_that_it_does_not_have(server):
     with pytest.raises(ConfigError, match="has no such model"):
         ChatClient(server[0], "nope", timeout=60, retries=1).check()
+
+
+def test_a_real_model_judges(server):
+    url, model = server
+    judge = ModelJudge(ChatClient(url, model, temperature=0.0, max_new_tokens=24, timeout=120))
+    views = [
+        StepView("What is 2+3?", (), Action(text, "", (), answer), 3)
+        for text, answer in (("<answer>5</answer>", "5"), ("<answer>9</answer>", "9"))
+    ]
+    verdicts = ask(judge, views)
+    assert len(verdicts) == 2
+    for verdict in verdicts:  # so small a model seldom ends in GOOD or BAD: then it is unknown, and says why
+        assert verdict.score in (None, 0.0, 1.0)
+        assert verdict.score is not None or "does not end in GOOD or BAD" in verdict.reason
+        assert verdict.judge == f"model:endpoint:{model}@1"

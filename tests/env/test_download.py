@@ -31,7 +31,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.body, self.etag, self.cuts, self.codes, self.ranges, self.type = BODY, '"v1"', [], [], True, "text/plain"
-        self.asked = []
+        self.asked, self.length = [], ""  # "": the true length; None: none is told
 
     def handle_error(self, *_):  # a client that hangs up is what some tests are about
         pass
@@ -61,7 +61,8 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.send_response(200)
         rest = server.body[start:]
-        self.send_header("Content-Length", str(len(rest)))
+        if server.length is not None:
+            self.send_header("Content-Length", server.length or str(len(rest)))
         self.send_header("Content-Type", server.type)
         if server.etag:
             self.send_header("ETag", server.etag)
@@ -71,6 +72,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         else:
             self.wfile.write(rest)
+            self.close_connection = server.length != ""
 
 
 @pytest.fixture
@@ -186,6 +188,21 @@ def test_server_errors(server):
     server.codes = [500] * download.ATTEMPTS
     with pytest.raises(DataError, match="500"):
         fetch("toy", lambda _: None)
+
+
+def test_a_body_that_is_cut_without_a_length_is_not_taken_for_whole(server):
+    server.offer()
+    server.length, server.etag, server.cuts = None, "", [PIECE, 0]
+    [path] = fetch("toy")
+    assert path.read_bytes() == BODY
+    assert len(server.asked) == 3
+
+
+def test_a_length_that_is_no_number_does_not_matter(server):
+    server.offer()
+    server.length = "many"
+    [path] = fetch("toy")
+    assert path.read_bytes() == BODY
 
 
 def test_a_web_page_is_not_data(server):
