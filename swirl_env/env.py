@@ -20,9 +20,9 @@ from swirl_env.grammar import Grammar
 from swirl_env.judges import ask, make_judge
 from swirl_env.names import name_of
 from swirl_env.spaces import Unicode
+from swirl_env.syntax import function_schema
 from swirl_env.tasks import load_tasks, options_of
 from swirl_env.tools import call_tool, make_tool, named_tools
-from swirl_env.tools.base import function_schema
 from swirl_env.tools.search import make_search
 from swirl_env.transport import without_credentials
 from swirl_env.types import (

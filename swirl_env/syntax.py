@@ -100,9 +100,14 @@ def _kind(schema: Any) -> str:
     )
 
 
-def _schema(tool: Tool) -> str:
+def function_schema(tool: Tool) -> dict[str, Any]:
+    """OpenAI's form of a tool's schema."""
     function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
-    return _json(json.dumps({"type": "function", "function": function}, ensure_ascii=False), "<")
+    return {"type": "function", "function": function}
+
+
+def _schema(tool: Tool) -> str:
+    return _json(json.dumps(function_schema(tool), ensure_ascii=False), "<")
 
 
 def _json(text: str, escaped: str) -> str:

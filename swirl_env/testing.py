@@ -11,8 +11,8 @@ from gymnasium.utils.env_checker import check_env
 
 from swirl_env.env import ToolEnv
 from swirl_env.judges import ask
+from swirl_env.syntax import function_schema
 from swirl_env.tools import call_tool, make_tool
-from swirl_env.tools.base import function_schema
 from swirl_env.types import Action, Judge, StepView, ToolCall
 
 _FORMS = (

@@ -10,8 +10,7 @@ from typing import Any
 
 from swirl_env.client import ChatClient, content_of
 from swirl_env.grammar import Grammar
-from swirl_env.syntax import read_json
-from swirl_env.tools.base import function_schema
+from swirl_env.syntax import function_schema, read_json
 from swirl_env.types import Completion, Message, Transcript
 
 

@@ -1,9 +1,8 @@
 """Judges on the command line, and `swirl judge`: a recorded run judged again, by one judge or by two that are compared."""
 
-import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +30,11 @@ def open_judge(text: str) -> Judge:
     Raises:
         ConfigError: no such judge, or its server refuses everything.
     """
-    spec: Any = text
-    if text.lstrip().startswith("{"):
-        try:
-            spec = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"--judge: not JSON: {error}.") from None
     name = text.removeprefix("model:")
     if name != text and not re.match(r"\w+://", name.removeprefix("endpoint:")):
         judge: Judge = _local(name)
     else:
-        judge = make_judge(spec)
+        judge = make_judge(text)
     for policy in _policies(judge):
         if hasattr(policy, "check"):
             policy.check()
@@ -138,15 +131,11 @@ def _figures(judged: Sequence[Trajectory]) -> dict[str, Any]:
     scores = [score for trajectory in judged if (score := process_score(trajectory)) is not None]
     return {
         "steps": sum(map(len, verdicts)),
-        "process": _asdict(bootstrap(scores)),
-        "good": _asdict(bootstrap([sum(one) for one in good], [len(one) for one in good])),
+        "process": asdict(bootstrap(scores)),
+        "good": asdict(bootstrap([sum(one) for one in good], [len(one) for one in good])),
         "unknown": sum(v.score is None for one in verdicts for v in one),
         "tokens": sum(v.tokens for one in verdicts for v in one),
     }
-
-
-def _asdict(estimate: Estimate) -> dict[str, float | None]:
-    return {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
 
 
 def _pairs(left: Sequence[Trajectory], right: Sequence[Trajectory]) -> list[Disagreement]:

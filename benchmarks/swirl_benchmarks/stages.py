@@ -170,25 +170,23 @@ def _unknown(trajectory: Trajectory) -> list[Failure]:
 
 def rewrite(path: Path, records: Iterable) -> None:
     """The file anew, whole or not at all; none where there is no record."""
+    if kept := list(records):
+        _write_whole(path, kept)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _write_whole(path: Path, records: Iterable) -> None:
     part = path.with_name(path.name + ".part")
     part.unlink(missing_ok=True)
     with Writer[Any](part) as out:
         for record in records:
             out.write(record)
-    if part.stat().st_size:
-        part.replace(path)
-    else:
-        part.unlink()
-        path.unlink(missing_ok=True)
+    part.replace(path)
 
 
 def filter_by(name: str, trajectories: Iterable[Trajectory], path: Path) -> Kept:
     """Keep by name, and write what was kept."""
     result = keep(name, trajectories)
-    part = path.with_name(path.name + ".part")
-    part.unlink(missing_ok=True)
-    with Writer[Trajectory](part) as out:
-        for trajectory in result.kept:
-            out.write(trajectory)
-    part.replace(path)
+    _write_whole(path, result.kept)
     return result

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from swirl_env import answers
 from swirl_env.errors import ConfigError, UnknownNameError, near
 from swirl_env.judges.base import ask
+from swirl_env.judges.gold import rightness
 from swirl_env.types import Judge, StepView, Verdict
 
 How = Literal["mean", "min", "first", "gate"]
@@ -97,6 +97,5 @@ class Outcome:
         if view.action.answer is None:
             last = view.steps_left == 0
             return Verdict(0.0 if last else 0.5, "no answer was given" if last else "not an answer", self.name)
-        metric = answers.numeric_equal if "solution" in view.task.meta else answers.exact_match
-        right = max(metric(view.action.answer, gold) for gold in view.task.answers)
+        right = rightness(view.task, view.action.answer)
         return Verdict(right, "the gold answer" if right else "not the gold answer", self.name)

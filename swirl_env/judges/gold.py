@@ -60,8 +60,7 @@ def _judge(view: StepView) -> Verdict:
     if action.answer is not None:
         if not task.answers:
             return _verdict(None, "the task has no gold answer")
-        metric = answers.numeric_equal if "solution" in task.meta else answers.exact_match
-        right = max(metric(action.answer, gold) for gold in task.answers)
+        right = rightness(task, action.answer)
         return _verdict(right, "the gold answer" if right else "not the gold answer")
     if view.steps_left == 0:
         return _verdict(0.0, "the last step, and not an answer")
@@ -76,6 +75,12 @@ def _judge(view: StepView) -> Verdict:
     gains = _gains(task, view.steps, Step(action, view.results))
     share = len(gains) / len(action.calls)
     return _verdict(share, f"brings {', '.join(gains)}" if gains else "brings nothing new of the gold path")
+
+
+def rightness(task: Task, answer: str) -> float:
+    """1.0 or 0.0: the maximum over the gold forms, by exact match, or by number where there is a worked solution."""
+    metric = answers.numeric_equal if "solution" in task.meta else answers.exact_match
+    return max(metric(answer, gold) for gold in task.answers)
 
 
 def _known(task: Task) -> bool:

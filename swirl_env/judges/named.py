@@ -46,7 +46,7 @@ def make_judge(spec: str | dict[str, Any]) -> Judge:
         except ValueError as error:
             if isinstance(error, ConfigError):
                 raise
-            raise ConfigError(f"judge= begins like JSON, but is none: {error}.") from None
+            raise ConfigError(f"judge= begins like JSON, but is not JSON: {error}.") from None
     if spec.startswith("model:"):
         return _from_dict({"model": spec.removeprefix("model:")})
     if "+" in spec:

@@ -16,7 +16,7 @@ import docstring_parser
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from swirl_env.errors import ConfigError, ToolError, near
-from swirl_env.grammar import escape
+from swirl_env.syntax import escape
 from swirl_env.types import Tool, ToolCall, ToolResult
 
 MAX_RESULT_CHARACTERS = 8_000
@@ -124,12 +124,6 @@ def make_tool(value: Any) -> Tool:
     if callable(value) and hasattr(value, "__name__"):
         return tool(value)
     raise ConfigError(f"Expected a tool or a function with type hints and a docstring, got {value!r}.")
-
-
-def function_schema(tool: Tool) -> dict[str, Any]:
-    """OpenAI's form of a tool's schema."""
-    function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
-    return {"type": "function", "function": function}
 
 
 _READS: dict[str, Any] = {
