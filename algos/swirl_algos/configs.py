@@ -1,6 +1,9 @@
 """Settings of the algorithms; importable without torch, so that a command line can show them."""
 
 from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
 
 
 @dataclass(frozen=True)
@@ -33,5 +36,7 @@ class SwirlConfig:
     """weight of the KL term to the starting checkpoint"""
     max_new_tokens: int = 64
     """L_max: token cap of an action"""
-    reference: bool = False
-    """run the plain rows, one a candidate, in place of the shared trunk: same loss, several times slower"""
+    row_tokens: int = 8192
+    """token budget of a packed row (memory grows with it); an action that does not fit with its state is left out"""
+    reference: Annotated[bool, tyro.conf.arg(aliases=["--reference"])] = False
+    """plain rows, one a candidate, in place of tree-packed ones: same loss, several times slower"""

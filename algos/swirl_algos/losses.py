@@ -1,25 +1,21 @@
-"""Losses as pure functions of the log-distributions at action tokens.
+"""Losses as pure functions of what happens at action tokens.
 
-Shapes: `A` action tokens of one action, `V` vocabulary. All log-probs are those of softmax(logits / tau), in nats.
+Shapes: `n` action tokens, of one action or of many. All log-probs are those of softmax(logits / tau), in nats.
 """
 
 import torch
 
 
-def token_logprobs(logprobs_AV: torch.Tensor, ids_A: torch.Tensor) -> torch.Tensor:
-    """float[A]: log pi(a_t | s, a_<t) of the tokens that were taken."""
-    return logprobs_AV.gather(-1, ids_A[..., None]).squeeze(-1)
-
-
-def exact_kl(logprobs_AV: torch.Tensor, reference_AV: torch.Tensor) -> torch.Tensor:
-    """float[A]: KL(pi || pi_ref) at each action position, exact over the vocabulary."""
-    return (logprobs_AV.exp() * (logprobs_AV - reference_AV)).sum(-1)
-
-
 def swirl_loss(
-    logprobs_A: torch.Tensor, kl_A: torch.Tensor, advantage: float, *, beta: float, max_tokens: int, actions: int
+    logprobs_n: torch.Tensor,
+    kl_n: torch.Tensor,
+    advantages_n: torch.Tensor,
+    *,
+    beta: float,
+    max_tokens: int,
+    actions: int,
 ) -> torch.Tensor:
-    """One action's share of the loss of SWiRL's stage 2.
+    """These tokens' share of the loss of SWiRL's stage 2.
 
         L = -(1/N) sum_g A_g sum_t log pi(a_t) / L_max  +  beta (1/N) sum_g sum_t KL_t / L_max
 
@@ -28,11 +24,11 @@ def swirl_loss(
     (Liu et al. 2025, arXiv 2503.20783).
 
     Args:
-        logprobs_A: log pi of the sampled tokens.
-        kl_A: KL(pi || pi_ref) at the same positions.
-        advantage: A_g.
+        logprobs_n: log pi of the sampled tokens.
+        kl_n: KL(pi || pi_ref) at the same positions.
+        advantages_n: A_g of the action that each token belongs to.
         beta: weight of the KL term.
         max_tokens: L_max, the token cap of an action.
         actions: N, scored actions in the batch.
     """
-    return (beta * kl_A.sum() - advantage * logprobs_A.sum()) / (max_tokens * actions)
+    return (beta * kl_n - advantages_n * logprobs_n).sum() / (max_tokens * actions)

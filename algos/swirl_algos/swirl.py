@@ -14,23 +14,21 @@ paper: G, the baseline, tau, beta, the learning rate. A state with fewer than tw
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from swirl_agents.engine import has_plain_cache
 from swirl_agents.local import LocalPolicy
 from swirl_agents.rendering import Renderer
 from swirl_agents.rollout import draw_seed
 
-from swirl_algos import forward
+from swirl_algos import tree
 from swirl_algos.advantages import leave_one_out
 from swirl_algos.configs import SwirlConfig
-from swirl_algos.losses import exact_kl, swirl_loss, token_logprobs
+from swirl_algos.losses import swirl_loss
 from swirl_algos.optimize import Optimizer, TrainingError, shuffled_batches
-from swirl_algos.sft import finished
 from swirl_env.grammar import Grammar
 from swirl_env.judges import ask, views
 from swirl_env.types import Judge, Trajectory, Verdict
@@ -51,16 +49,6 @@ class Candidate:
     verdict: Verdict
     advantage: float | None
     """`None`: no gradient (unknown score, or no scored sibling)."""
-
-
-@dataclass(slots=True)
-class _Tree:
-    """A trajectory's trunk and the candidates on its states."""
-
-    trunk: np.ndarray
-    starts: list[int]
-    actions: list[list[np.ndarray]]
-    advantages: list[np.ndarray]
 
 
 def train(
@@ -87,18 +75,15 @@ def train(
     usable = [trajectory for trajectory in trajectories if trajectory.steps]
     if not usable:
         raise TrainingError("No trajectory is left to train on. Generate more, or use a filter that keeps some.")
-    if not config.reference and not has_plain_cache(model):
-        warnings.warn(
-            "This model keeps no plain keys and values (a sliding window, say): plain rows are used, which are slower.",
-            stacklevel=2,
-        )
-    reference = copy.deepcopy(model).requires_grad_(False).eval()
+    lay_out = tree.plain if config.reference else layout_for(model)
+    # an adapter is its own reference when it is off (peft)
+    reference = model if hasattr(model, "disable_adapter") else copy.deepcopy(model).requires_grad_(False).eval()
     policy = LocalPolicy(
         model, tokenizer, temperature=config.temperature, max_new_tokens=config.max_new_tokens, seed=seed
     )
     batches = shuffled_batches(usable, config.epochs, config.batch_size, seed)
     optimizer = Optimizer(model, config.learning_rate, len(batches))
-    gradients = 0
+    gradients, told = 0, False
     for update, batch in enumerate(batches):
         model.eval()
         candidates = list(sample_candidates(policy, batch, judge, grammar, config, seed, update))
@@ -106,10 +91,20 @@ def train(
             for one in drawn:
                 record(one)
         metrics: dict[str, Any] = {"update": update, "updates": len(batches), **_count(candidates)}
-        trees = _trees(policy.renderer, batch, candidates)
+        trees, advantages_M = branches(policy.renderer, batch, candidates)
+        metrics["over_budget"] = len(tree.over_budget(trees, config.row_tokens))
+        metrics["scored"] = len(advantages_M) - metrics["over_budget"]
+        if metrics["over_budget"] and not told:
+            told = True
+            warnings.warn(
+                f"{metrics['over_budget']} actions of update {update} are longer with their state than row_tokens = "
+                f"{config.row_tokens}; such actions are left out and counted as over_budget. Raise row_tokens.",
+                stacklevel=2,
+            )
         if metrics["scored"]:
             # in eval mode, as sampled: dropout would take the gradient of another policy
-            metrics |= backward(model, reference, trees, config, metrics["scored"])
+            packs = lay_out(trees, config.row_tokens, model.device)
+            metrics |= backward(model, reference, packs, advantages_M, config, metrics["scored"])
             metrics["gradient_norm"] = optimizer.step(metrics["loss"])
             gradients += 1
         log(metrics)
@@ -155,55 +150,57 @@ def sample_candidates(
         yield i, actions, drawn
 
 
-def _trees(renderer: Renderer, batch: Sequence[Trajectory], candidates) -> list[_Tree]:
-    trees = []
-    for i, trajectory in enumerate(batch):
-        encoded = renderer.encode(finished(trajectory))
-        mine = [(actions, drawn) for index, actions, drawn in candidates if index == i]
-        tree = _Tree(encoded.ids, [], [], [])
-        for actions, drawn in mine:
-            scored = [g for g, one in enumerate(drawn) if one.advantage is not None]
-            if scored:
-                tree.starts.append(encoded.spans[drawn[0].state][0])
-                tree.actions.append([actions[g] for g in scored])
-                tree.advantages.append(np.array([drawn[g].advantage for g in scored]))
-        if tree.starts:
-            trees.append(tree)
-    return trees
+def layout_for(model) -> Callable[..., Iterator[tree.Pack]]:
+    """`tree.pack`, or `tree.plain` with a warning for a model that cannot be packed."""
+    if (reason := tree.why_not(model)) is None:
+        return tree.pack
+    warnings.warn(f"This model cannot be packed: {reason}. Plain rows are used, which are slower.", stacklevel=3)
+    return tree.plain
 
 
-def backward(model, reference, trees: Sequence[_Tree], config: SwirlConfig, actions: int) -> dict[str, float]:
-    """Accumulate the gradient of the loss over `trees`; returns `loss`, `kl` and `entropy` (nats a token)."""
-    run = forward.rows if config.reference or not has_plain_cache(model) else forward.shared
-    loss_sum, kl_sum, entropy_sum, tokens = 0.0, 0.0, 0.0, 0
-    for tree in trees:
-        arguments = (tree.trunk, tree.starts, tree.actions, config.temperature)
-        loss = torch.zeros((), device=model.device)
-        with torch.no_grad():
-            targets = list(run(reference, *arguments))
-        for logprobs_G, reference_G, ids_G, advantages_G in zip(
-            run(model, *arguments), targets, tree.actions, tree.advantages, strict=True
-        ):
-            for logprobs_AV, reference_AV, ids, advantage in zip(
-                logprobs_G, reference_G, ids_G, advantages_G, strict=True
-            ):
-                kl_A = exact_kl(logprobs_AV, reference_AV)
-                logprobs_A = token_logprobs(logprobs_AV, torch.tensor(ids, device=model.device).long())
-                loss = loss + swirl_loss(
-                    logprobs_A,
-                    kl_A,
-                    float(advantage),
-                    beta=config.beta,
-                    max_tokens=config.max_new_tokens,
-                    actions=actions,
-                )
-                with torch.no_grad():
-                    kl_sum += float(kl_A.sum())
-                    entropy_sum -= float((logprobs_AV.exp() * logprobs_AV).sum())
-                tokens += len(ids)
-        loss.backward()
-        loss_sum += float(loss.detach())
-    return {"loss": loss_sum, "kl": kl_sum / tokens, "entropy": entropy_sum / tokens, "tokens": tokens}
+def branches(renderer: Renderer, batch: Sequence[Trajectory], candidates) -> tuple[list[list[tree.State]], np.ndarray]:
+    """The states of each trajectory with the candidates that carry a gradient, and their advantages float[M] in that order."""
+    trees: list[list[tree.State]] = [[] for _ in batch]
+    advantages: list[float] = []
+    for i, actions, drawn in candidates:
+        scored = [
+            (a, one.advantage) for a, one in zip(actions, drawn, strict=True) if one.advantage is not None and len(a)
+        ]
+        if scored:
+            context = renderer.encode(batch[i].states()[drawn[0].state]).ids
+            trees[i].append(tree.State(context, [action for action, _ in scored]))
+            advantages += [advantage for _, advantage in scored]
+    return trees, np.array(advantages)
+
+
+def backward(
+    model, reference, packs: Iterable[tree.Pack], advantages_M: np.ndarray, config: SwirlConfig, actions: int
+) -> dict[str, float]:
+    """Accumulate the gradient of the loss; returns `loss`, `kl` and `entropy` (nats a token), `tokens`, and `row_tokens` (tokens
+    that the model ran over)."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    weights_M = torch.tensor(advantages_M, dtype=torch.float32, device=model.device)
+    tokens = row_tokens = 0
+
+    def loss(terms: tree.Terms) -> torch.Tensor:
+        value = swirl_loss(
+            terms.logprobs_n, terms.kl_n, weights_M[terms.action_n],
+            beta=config.beta, max_tokens=config.max_new_tokens, actions=actions,
+        )  # fmt: skip
+        sums.add_(torch.stack([value.detach(), terms.kl_n.detach().sum(), terms.entropy_n.sum()]).double().cpu())
+        return value
+
+    for pack in packs:
+        tree.backward(model, reference, pack, loss, config.temperature)
+        tokens, row_tokens = tokens + len(pack.targets_N), row_tokens + pack.tokens
+    total, kl, entropy = sums.tolist()
+    return {
+        "loss": total,
+        "kl": kl / tokens,
+        "entropy": entropy / tokens,
+        "tokens": tokens,
+        "row_tokens": row_tokens,
+    }
 
 
 def _count(candidates) -> dict[str, float | None]:
@@ -213,7 +210,7 @@ def _count(candidates) -> dict[str, float | None]:
     spread = [{one.verdict.score for one in group} for _, _, group in candidates]
     return {
         "states": len(candidates),
-        "scored": sum(one.advantage is not None for one in drawn),
+        "too_long": sum(not group for _, _, group in candidates),
         "unknown": len(drawn) - len(scores),
         "score": float(np.mean(scores)) if scores else None,
         "flat_states": sum(len(kinds) <= 1 for kinds in spread),

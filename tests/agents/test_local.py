@@ -10,7 +10,6 @@ from swirl_agents.local import LocalPolicy
 from swirl_agents.rendering import Renderer
 from swirl_agents.rollout import draw_seed, rollout
 from swirl_agents.testing import tiny_model, tiny_tokenizer
-from swirl_algos.forward import rows
 
 import swirl_env  # noqa: F401
 from swirl_env.errors import ConfigError
@@ -89,9 +88,11 @@ STATES = [
 
 def action_logprobs(transcript, tokens, temperature):
     """Log-probs of a completion by one plain row."""
-    trunk = RENDERER.encode(transcript).ids
-    [[table]] = rows(MODEL, trunk, [len(trunk)], [[tokens.action_ids]], temperature)
-    return table.gather(-1, torch.tensor(tokens.action_ids).long()[:, None])[:, 0].detach().numpy()
+    context = RENDERER.encode(transcript).ids
+    ids = torch.tensor(np.concatenate([context, tokens.action_ids])).long()
+    with torch.no_grad():
+        table = torch.log_softmax(MODEL(ids[None]).logits[0, len(context) - 1 : -1] / temperature, -1)
+    return table.gather(-1, ids[len(context) :, None])[:, 0].numpy()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
@@ -131,9 +132,9 @@ def test_sampling_follows_the_distribution():
     policy = LocalPolicy(MODEL, TOKENIZER, max_new_tokens=1, temperature=0.3)
     [completions] = policy([STATES[0]], 4000)
     counts = np.bincount([one.tokens.action_ids[0] for one in completions], minlength=len(TOKENIZER)) / 4000
-    trunk = RENDERER.encode(STATES[0]).ids
-    [[table]] = rows(MODEL, trunk, [len(trunk)], [[np.array([0])]], 0.3)
-    expected = table[0].exp().detach().numpy()
+    ids = torch.tensor(RENDERER.encode(STATES[0]).ids).long()
+    with torch.no_grad():
+        expected = torch.softmax(MODEL(ids[None]).logits[0, -1] / 0.3, -1).numpy()
     assert np.abs(counts - expected).sum() < 0.2  # total variation of 4,000 draws
 
 

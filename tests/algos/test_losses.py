@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from swirl_algos.advantages import leave_one_out
 from swirl_algos.filters import FILTERS, keep
-from swirl_algos.losses import exact_kl, swirl_loss, token_logprobs
+from swirl_algos.losses import swirl_loss
 
 from swirl_env.errors import UnknownNameError
 from swirl_env.types import Action, EnvRecord, Message, Step, Task, Trajectory, Verdict
@@ -43,30 +43,23 @@ def test_leave_one_out_properties(scores):
         assert advantages[g] == pytest.approx(scores[g] - np.mean(others))
 
 
-def test_kl_against_the_closed_form():
-    p, q = torch.tensor([[0.5, 0.5], [0.9, 0.1]]), torch.tensor([[0.25, 0.75], [0.9, 0.1]])
-    expected = [0.5 * np.log(2) + 0.5 * np.log(2 / 3), 0.0]
-    np.testing.assert_allclose(exact_kl(p.log(), q.log()).numpy(), expected, atol=1e-6)
-
-
 def test_loss_against_the_closed_form():
     # two actions of 2 and 1 tokens, advantages 0.5 and -0.5, L_max 10, N = 2, beta 0.1
-    logprobs = [torch.tensor([-1.0, -2.0]), torch.tensor([-0.5])]
-    kl = [torch.tensor([0.2, 0.4]), torch.tensor([0.6])]
-    total = sum(
-        swirl_loss(lp, k, a, beta=0.1, max_tokens=10, actions=2)
-        for lp, k, a in zip(logprobs, kl, [0.5, -0.5], strict=True)
-    )
+    logprobs, kl = torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([0.2, 0.4, 0.6])
+    advantages = torch.tensor([0.5, 0.5, -0.5])
     policy = -(0.5 * -3.0 + -0.5 * -0.5) / 10 / 2
-    assert float(total) == pytest.approx(policy + 0.1 * (0.6 + 0.6) / 10 / 2)
+    whole = swirl_loss(logprobs, kl, advantages, beta=0.1, max_tokens=10, actions=2)
+    assert float(whole) == pytest.approx(policy + 0.1 * (0.6 + 0.6) / 10 / 2)
+    parts = [swirl_loss(logprobs[n], kl[n], advantages[n], beta=0.1, max_tokens=10, actions=2) for n in ([0], [1, 2])]
+    assert float(sum(parts)) == pytest.approx(float(whole))
 
 
 def test_gradient_is_the_score_function():
     # d/dlogits of -A log pi(a): A (pi - onehot), divided by L_max N
     logits = torch.randn(1, 5, dtype=torch.float64, requires_grad=True)
     logprobs = torch.log_softmax(logits, -1)
-    taken = token_logprobs(logprobs, torch.tensor([3]))
-    swirl_loss(taken, torch.zeros(1, dtype=torch.float64), 2.0, beta=0.0, max_tokens=4, actions=5).backward()
+    two = torch.tensor([2.0], dtype=torch.float64)
+    swirl_loss(logprobs[:, 3], torch.zeros_like(two), two, beta=0.0, max_tokens=4, actions=5).backward()
     onehot = torch.zeros(1, 5, dtype=torch.float64)
     onehot[0, 3] = 1
     torch.testing.assert_close(logits.grad, 2.0 * (logprobs.exp().detach() - onehot) / 20)

@@ -1,20 +1,19 @@
 """SFT and SWiRL on a tiny model: masks by hand, loss equal to its closed form, fast way equal to plain rows, learning."""
 
 import copy
+import warnings
 from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from swirl_agents.local import LocalPolicy
 from swirl_agents.rendering import Renderer
 from swirl_agents.rollout import rollout
 from swirl_agents.scripted import oracle
 from swirl_agents.testing import tiny_model, tiny_tokenizer
-from swirl_algos import forward, sft, swirl
+from swirl_algos import sft, swirl, tree
 from swirl_algos.configs import SftConfig, SwirlConfig
 from swirl_algos.optimize import TrainingError
 
@@ -31,63 +30,6 @@ def make_env():
 
 ENV = make_env().unwrapped
 GOLD = list(rollout(make_env, oracle(ENV), [(i, 0) for i in list(ENV.task_set.tasks)[:6]]))
-
-
-def random_tree(draw, states, samples):
-    trunk = draw.integers(0, 256, draw.integers(states, 40)).astype(np.int32)
-    starts = sorted(draw.choice(np.arange(1, len(trunk) + 1), states, replace=False).tolist())
-    actions = [
-        [draw.integers(0, 256, draw.integers(1, 9)).astype(np.int32) for _ in range(samples)] for _ in range(states)
-    ]
-    return trunk, starts, actions
-
-
-@given(seed=st.integers(0, 10**6), states=st.integers(1, 5), samples=st.integers(1, 4), tau=st.sampled_from([1.0, 0.7]))
-@settings(max_examples=20, deadline=None)
-def test_shared_trunk_equals_plain_rows(seed, states, samples, tau):
-    model = tiny_model(TOKENIZER, seed=seed % 3, dtype=torch.float64)
-    tree = random_tree(np.random.default_rng(seed), states, samples)
-    gradients = []
-    for run in (forward.rows, forward.shared):
-        model.zero_grad()
-        tables = [table for group in run(model, *tree, tau) for table in group]
-        sum((table * torch.linspace(-1, 1, table.shape[-1])).sum() for table in tables).backward()
-        gradients.append((tables, [parameter.grad.clone() for parameter in model.parameters()]))
-    (plain, plain_grad), (fast, fast_grad) = gradients
-    assert [table.shape[0] for table in plain] == [len(action) for group in tree[2] for action in group]
-    for a, b in zip(plain, fast, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)  # log-softmax runs in fp32
-    for a, b in zip(plain_grad, fast_grad, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-
-
-def test_a_sliding_window_falls_back_to_plain_rows():
-    from transformers import MistralConfig, MistralForCausalLM
-
-    config = MistralConfig(
-        vocab_size=len(TOKENIZER), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, sliding_window=8, eos_token_id=TOKENIZER.eos_token_id, initializer_range=0.4,
-    )  # fmt: skip
-    model = MistralForCausalLM(config).eval()
-    candidates, trees = batch_of(model, EvenLetters())
-    losses = [
-        swirl.backward(model, copy.deepcopy(model), trees, replace(CONFIG, reference=reference), 10)["loss"]
-        for reference in (True, False)
-    ]
-    assert losses[0] == losses[1]
-    with pytest.warns(UserWarning, match="plain rows"):
-        swirl.train(model, TOKENIZER, GOLD[:1], EvenLetters(), GRAMMAR, CONFIG)
-
-
-def test_permuting_branches_changes_nothing():
-    model = tiny_model(TOKENIZER)
-    trunk, starts, actions = random_tree(np.random.default_rng(0), 3, 4)
-    order = [2, 0, 3, 1]
-    before = list(forward.shared(model, trunk, starts, actions))
-    after = list(forward.shared(model, trunk, starts, [[group[i] for i in order] for group in actions]))
-    for a, b in zip(before, after, strict=True):
-        for i, j in enumerate(order):
-            torch.testing.assert_close(a[j], b[i], atol=1e-5, rtol=1e-5)
 
 
 def test_sft_trains_on_action_tokens_only():
@@ -137,11 +79,11 @@ class EvenLetters:
 def batch_of(model, judge, config=CONFIG):
     policy = LocalPolicy(model, TOKENIZER, temperature=config.temperature, max_new_tokens=config.max_new_tokens)
     candidates = list(swirl.sample_candidates(policy, GOLD[:2], judge, GRAMMAR, config, 0, 0))
-    return candidates, swirl._trees(policy.renderer, GOLD[:2], candidates)
+    return candidates, *swirl.branches(policy.renderer, GOLD[:2], candidates)
 
 
 def test_candidates_stand_at_every_state():
-    candidates, trees = batch_of(tiny_model(TOKENIZER), EvenLetters())
+    candidates, trees, advantages = batch_of(tiny_model(TOKENIZER), EvenLetters())
     assert [(i, drawn[0].state) for i, _, drawn in candidates] == [
         (i, k) for i in (0, 1) for k in range(len(GOLD[i].steps))
     ]
@@ -151,16 +93,20 @@ def test_candidates_stand_at_every_state():
         assert sum(one.advantage for one in drawn) == pytest.approx(0, abs=1e-9)
         assert drawn[0].task == GOLD[i].task.id
     renderer = Renderer(TOKENIZER)
-    for trajectory, tree in zip(GOLD, trees, strict=False):
-        assert [len(renderer.encode(state).ids) for state in trajectory.states()] == tree.starts
+    for trajectory, states in zip(GOLD, trees, strict=False):
+        contexts = [renderer.encode(state).ids.tolist() for state in trajectory.states()]
+        assert [state.context.tolist() for state in states] == contexts
+    assert advantages.tolist() == [one.advantage for _, _, drawn in candidates for one in drawn]
 
 
-@pytest.mark.parametrize("reference", [True, False])
-def test_loss_is_the_formula(reference):
+@pytest.mark.parametrize("lay_out", [tree.plain, tree.pack])
+@pytest.mark.parametrize("tight", [False, True])
+def test_loss_is_the_formula(lay_out, tight):
     model, old = tiny_model(TOKENIZER, seed=1), tiny_model(TOKENIZER, seed=2)
-    candidates, trees = batch_of(model, EvenLetters())
+    candidates, trees, advantages = batch_of(model, EvenLetters())
     scored = sum(one.advantage is not None for _, _, drawn in candidates for one in drawn)
-    got = swirl.backward(model, old, trees, replace(CONFIG, reference=reference), scored)
+    longest = max(len(state.context) for states in trees for state in states) + CONFIG.max_new_tokens
+    got = swirl.backward(model, old, lay_out(trees, longest if tight else 100_000), advantages, CONFIG, scored)
     total, kl_total, tokens = 0.0, 0.0, 0
     with torch.no_grad():
         for i, actions, drawn in candidates:
@@ -187,6 +133,44 @@ def test_reference_and_fast_way_train_alike():
     assert final[0] == pytest.approx(final[1], abs=1e-5)
 
 
+def test_what_does_not_fit_is_left_out_counted_and_told():
+    model, seen = tiny_model(TOKENIZER, seed=1), []
+    lengths = [len(Renderer(TOKENIZER).encode(state).ids) for state in GOLD[0].states()]
+    config = replace(CONFIG, row_tokens=lengths[0] + CONFIG.max_new_tokens)
+    with pytest.warns(UserWarning, match="Raise row_tokens"):
+        swirl.train(model, TOKENIZER, GOLD[:1], EvenLetters(), GRAMMAR, config, log=seen.append)
+    assert len(lengths) > 1
+    assert seen[0]["over_budget"] == 3 * (len(lengths) - 1)
+    assert seen[0]["scored"] == 3
+
+
+def test_a_state_that_leaves_no_room_in_the_context_is_counted():
+    lengths = [len(Renderer(TOKENIZER).encode(state).ids) for state in GOLD[0].states()]
+    model, seen = tiny_model(TOKENIZER, seed=1, context=lengths[0] + CONFIG.max_new_tokens), []
+    swirl.train(model, TOKENIZER, GOLD[:1], EvenLetters(), GRAMMAR, CONFIG, log=seen.append)
+    assert (seen[0]["too_long"], seen[0]["scored"]) == (len(lengths) - 1, 3)
+
+
+def test_a_model_that_cannot_be_packed_trains_on_plain_rows():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=len(TOKENIZER), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=8, eos_token_id=TOKENIZER.eos_token_id, initializer_range=0.4,
+    )  # fmt: skip
+    losses = []
+    for reference in (True, False):
+        torch.manual_seed(0)
+        model, seen = MistralForCausalLM(config).eval(), []
+        swirl_config = replace(CONFIG, reference=reference)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            swirl.train(model, TOKENIZER, GOLD[:1], EvenLetters(), GRAMMAR, swirl_config, log=seen.append)
+        assert any("sliding window" in str(one.message) for one in told) is not reference
+        losses.append(seen[0]["loss"])
+    assert losses[0] == losses[1]
+
+
 class Unknowing:
     """Knows nothing about every second action, and nothing at all if told so."""
 
@@ -200,13 +184,14 @@ class Unknowing:
 
 
 def test_unknown_verdicts_carry_no_gradient_and_are_counted():
-    candidates, trees = batch_of(tiny_model(TOKENIZER), Unknowing())
+    candidates, trees, advantages = batch_of(tiny_model(TOKENIZER), Unknowing())
     drawn = [one for _, _, group in candidates for one in group]
     assert all(one.advantage is None for one in drawn if one.verdict.score is None)
     lonely = [group for _, _, group in candidates if sum(one.verdict.score is not None for one in group) == 1]
     assert lonely
     assert all(one.advantage is None for group in lonely for one in group)
-    assert sum(len(a) for tree in trees for a in tree.actions) == sum(one.advantage is not None for one in drawn)
+    assert len(advantages) == sum(one.advantage is not None for one in drawn)
+    assert sum(len(state.actions) for states in trees for state in states) == len(advantages)
     metrics = swirl._count(candidates)
     assert metrics["unknown"] == sum(one.verdict.score is None for one in drawn)
 
