@@ -1,23 +1,23 @@
-"""`LocalPolicy`: any transformers causal model as a policy, batched over states.
+"""`LocalPolicy`: any transformers causal model as a policy, many states at once (`engine`).
 
-Each token is prefilled once: keys and values are kept from call to call while states grow, shared by the `n` samples of a
-state and by the states of one trajectory (`engine`). Every draw has its own generator, seeded by the state's seed, so the
-batch around it changes nothing but rounding. Ids and log-probs are kept exactly as sampled.
+Each token is prefilled once: keys and values are kept while states grow, shared by the `n` samples of a state and by the
+states of one trajectory. Every draw has its own generator, seeded by the state's seed, so the batch around it changes nothing
+but rounding. Ids and log-probs are kept exactly as sampled.
 """
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Sequence
+from contextlib import closing
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
-from swirl_agents.engine import PrefixCache
-from swirl_agents.rendering import Renderer
+from swirl_agents.engine import Batches, Engine, Request, why_not
+from swirl_agents.rendering import Encoded, Renderer
 from swirl_env.errors import ConfigError
 from swirl_env.types import Completion, Tokens, Transcript
-
-MIN_SHARED = 32
-"""Tokens that all states must begin with for their common beginning to be prefilled on its own."""
 
 
 class LocalPolicy:
@@ -31,13 +31,14 @@ class LocalPolicy:
         max_new_tokens: cap of one action, in tokens.
         seed: for states that carry no seed of their own.
         batch_tokens: samples x (context + action) tokens that are decoded at once; bounds memory.
-        cache_tokens: tokens whose keys and values are kept between calls.
+        cache_tokens: tokens whose keys and values are kept when a state has to wait (for a tool, say); over it, the least
+            recently used are prefilled again. A token takes 2 x layers x key-value heads x head size numbers.
         top_logprobs: how many of the likeliest tokens `Completion.alternatives` gives at each place; 0: none.
     """
 
     def __init__(
         self, model, tokenizer, *, name: str = "local", temperature: float = 1.0, max_new_tokens: int = 64,
-        seed: int = 0, batch_tokens: int = 32_768, cache_tokens: int = 16_384, top_logprobs: int = 0,
+        seed: int = 0, batch_tokens: int = 32_768, cache_tokens: int = 65_536, top_logprobs: int = 0,
     ):  # fmt: skip
         if not temperature >= 0:
             raise ConfigError(f"temperature must be 0 (greedy) or more, got {temperature!r}.")
@@ -46,7 +47,8 @@ class LocalPolicy:
         self.model, self.renderer, self.name = model, Renderer(tokenizer), name
         self.temperature, self.max_new_tokens, self.seed = temperature, max_new_tokens, seed
         self.top_logprobs = top_logprobs
-        self.batch_tokens, self._prefixes = batch_tokens, PrefixCache(model, cache_tokens)
+        self.batch_tokens, self.cache_tokens = batch_tokens, cache_tokens
+        self.lock = threading.RLock()  # sessions share the engine, and may be in several threads
         self.context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
         eos = model.generation_config.eos_token_id if model.generation_config else None
         ends = eos if isinstance(eos, list) else [eos]
@@ -59,29 +61,39 @@ class LocalPolicy:
 
     def __call__(self, transcripts: list[Transcript], n: int = 1) -> list[list[Completion]]:
         """`n` completions for each transcript; none for a state that leaves no room for an action in the context."""
-        encoded = [self.renderer.encode(transcript) for transcript in transcripts]
-        done: list[list[Completion]] = [[] for _ in transcripts]
-        fits = [i for i, e in enumerate(encoded) if len(e.ids) + self.max_new_tokens <= self.context]
-        for trunk in self._shared_trunks([encoded[i].ids for i in fits]):
-            self._prefill([trunk], 0, remember=True)
-        for group in self._groups(fits, [len(e.ids) for e in encoded], n):
-            ids = [encoded[i].ids for i in group]
-            new = [e.ids[e.spans[-1][1] if e.spans else 0 :] for e in (encoded[i] for i in group)]
-            samples = self._sample(ids, [transcripts[i] for i in group], n)
-            for i, delta, drawn in zip(group, new, samples, strict=True):
-                done[i] = [self._completion(delta, row) for row in drawn]
-        return done
+        done: dict[Any, list[Completion]] = {}
+        with closing(self.session()) as session:
+            for i, transcript in enumerate(transcripts):
+                session.add(i, transcript, n)
+            while len(session):
+                done.update(session.poll())
+        return [done[i] for i in range(len(transcripts))]
 
-    def _groups(self, order: list[int], lengths: list[int], n: int) -> Iterator[list[int]]:
-        """States of like length together, as many as the token budget allows."""
-        group: list[int] = []
-        for i in sorted(order, key=lambda i: lengths[i]):
-            if group and (len(group) + 1) * n * (lengths[i] + self.max_new_tokens) > self.batch_tokens:
-                yield group
-                group = []
-            group.append(i)
-        if group:
-            yield group
+    def session(self) -> "Session":
+        """States that come and go while others are being answered."""
+        return Session(self)
+
+    @cached_property
+    def _engine(self) -> Engine | Batches:
+        if why_not(self.model) is None:
+            return Engine(
+                self.model, self._sample, max_new_tokens=self.max_new_tokens, batch_tokens=self.batch_tokens,
+                cache_tokens=self.cache_tokens,
+            )  # fmt: skip
+        return Batches(
+            self.model, self._sample, max_new_tokens=self.max_new_tokens, batch_tokens=self.batch_tokens,
+            pad_id=self.renderer.eos_id,
+        )  # fmt: skip
+
+    def _sample(self, logits: torch.Tensor, rows: Sequence["_Row"]) -> None:
+        """Take a token for each row."""
+        chosen, logprobs = self._draw(logits, [row.uniforms[len(row.ids)] for row in rows])
+        likeliest = self._likeliest(logits)
+        for i, row in enumerate(rows):
+            row.ids.append(chosen[i])
+            row.logprobs.append(logprobs[i])
+            row.alternatives += likeliest[i : i + 1]
+            row.finish = self._finish(row)
 
     def _completion(self, new: np.ndarray, row: "_Row") -> Completion:
         ids, logprobs = row.ids, row.logprobs
@@ -103,88 +115,6 @@ class LocalPolicy:
             text = self.renderer.decode([token])
             texts[text] = float(np.logaddexp(texts.get(text, -np.inf), logprob))
         return texts
-
-    @torch.inference_mode()
-    def _sample(self, ids: list[np.ndarray], transcripts: list[Transcript], n: int) -> list[list["_Row"]]:
-        cache, mask, position, logits = self._prefill(ids, self.max_new_tokens)
-        logits = logits.repeat_interleave(n, 0)
-        if n > 1:
-            cache.batch_repeat_interleave(n)
-        mask, position = mask.repeat_interleave(n, 0), position.repeat_interleave(n, 0)
-        rows = [_Row(self._uniforms(t, g), t.stop) for t in transcripts for g in range(n)]
-        alive = list(range(len(rows)))  # rows of the batch, some of which may have ended
-        for step in range(self.max_new_tokens):
-            chosen, logprobs = self._draw(logits, [rows[i].uniforms[step] for i in alive])
-            likeliest = self._likeliest(logits)
-            going = []
-            for slot, i in enumerate(alive):
-                if rows[i].finish is not None:
-                    continue
-                rows[i].ids.append(chosen[slot])
-                rows[i].logprobs.append(logprobs[slot])
-                rows[i].alternatives += likeliest[slot : slot + 1]
-                rows[i].finish = self._finish(rows[i], step)
-                if rows[i].finish is None:
-                    going.append(slot)
-                elif n == 1 and self._prefixes.usable:
-                    seen = np.concatenate([ids[i], np.asarray(rows[i].ids[:-1], np.int32)])
-                    self._prefixes.put(seen, cache, slot, mask[slot])
-            if not going:
-                break
-            if len(going) <= 0.8 * len(alive):  # dropping rows copies the cache, so several go at once
-                chosen, alive = [chosen[slot] for slot in going], [alive[slot] for slot in going]
-                index = torch.tensor(going, device=mask.device)
-                cache.batch_select_indices(index)
-                mask, position = mask[index], position[index]
-            position = position + 1
-            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
-            token = torch.tensor(chosen, device=mask.device)[:, None]
-            out = self.model(token, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
-            logits = out.logits[:, -1]
-        return [rows[i : i + n] for i in range(0, len(rows), n)]
-
-    @torch.inference_mode()
-    def _prefill(self, ids: list[np.ndarray], more: int, remember: bool = False):
-        """(cache with room for `more`, mask int64[B, T], last position int64[B, 1], logits float[B, V] of the next token)."""
-        device = self.model.device
-        found = [self._prefixes.find(prompt) if self._prefixes.usable else (0, None) for prompt in ids]
-        new = [prompt[size:] for prompt, (size, _) in zip(ids, found, strict=True)]
-        length = max(map(len, new))
-        batch = np.full((len(ids), length), self.renderer.eos_id, np.int64)
-        mask = np.zeros((len(ids), length), np.int64)
-        for row, tokens in enumerate(new):
-            batch[row, length - len(tokens) :] = tokens
-            mask[row, length - len(tokens) :] = 1
-        cache, full = None, torch.from_numpy(mask).to(device)
-        if self._prefixes.usable:
-            cache, past = self._prefixes.lay_out(found, length + more)
-            full = torch.cat([past, full], 1)
-        positions = (full.cumsum(1) - 1).clamp(min=0)[:, -length:]
-        out = self.model(
-            torch.from_numpy(batch).to(device), attention_mask=full, position_ids=positions, past_key_values=cache,
-            use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
-        if remember:
-            for row, prompt in enumerate(ids):
-                self._prefixes.put(prompt, out.past_key_values, row, full[row])
-        return out.past_key_values, full, positions[:, -1:], out.logits[:, -1]
-
-    def _shared_trunks(self, prompts: list[np.ndarray]) -> list[np.ndarray]:
-        """What several states of this call begin with, to be prefilled once: states that others continue, and the common
-        beginning of all (the instructions)."""
-        if not self._prefixes.usable or len(prompts) < 2:
-            return []
-        ordered = sorted((prompt.tolist() for prompt in prompts), key=tuple)  # what continues a state follows it
-        low, high = ordered[0], ordered[-1]
-        common = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
-        trunks = [np.asarray(low[:common], np.int32)] if common >= MIN_SHARED else []
-        following = [*ordered[1:], []]
-        for i, (prompt, after) in enumerate(zip(ordered, following, strict=True)):
-            before = ordered[i - 1] if i else []
-            continues = bool(before) and len(prompt) > len(before) and prompt[: len(before)] == before
-            if continues and after[: len(prompt)] != prompt:
-                trunks.append(np.asarray(prompt, np.int32))
-        return trunks
 
     def _uniforms(self, transcript: Transcript, sample: int) -> np.ndarray:
         seed = self.seed if transcript.seed is None else transcript.seed
@@ -211,14 +141,59 @@ class LocalPolicy:
             for ids, values in zip(top.indices.tolist(), top.values.tolist(), strict=True)
         ]
 
-    def _finish(self, row: "_Row", step: int) -> str | None:
+    def _finish(self, row: "_Row") -> str | None:
         if row.ids[-1] in self.eos_ids:
             return "eos"
         # a stop string ends in the newest token: decode only a tail that is longer than any of them
         tail = self.renderer.decode(row.ids[-row.tail :])
         if any(stop in tail for stop in row.stop):
             return "stop"
-        return "length" if step + 1 == self.max_new_tokens else None
+        return "length" if len(row.ids) == self.max_new_tokens else None
+
+
+class Session:
+    """Asks a policy about states as they come: `add` at any time, `poll` until it is empty."""
+
+    def __init__(self, policy: LocalPolicy):
+        self.policy = policy
+        self._mine: dict[int, tuple[Any, Encoded, Request]] = {}
+        self._hopeless: list[Any] = []
+
+    def __len__(self) -> int:
+        return len(self._mine) + len(self._hopeless)
+
+    def add(self, key: Any, transcript: Transcript, n: int = 1) -> None:
+        """Ask for `n` completions at a state, to come back under this key."""
+        policy, encoded = self.policy, self.policy.renderer.encode(transcript)
+        if len(encoded.ids) + policy.max_new_tokens > policy.context or not n:
+            self._hopeless.append(key)
+            return
+        rows = [_Row(policy._uniforms(transcript, g), transcript.stop) for g in range(n)]
+        request = Request(encoded.ids, rows, keep=n == 1)
+        self._mine[id(request)] = key, encoded, request
+        with policy.lock:
+            policy._engine.add(request)
+
+    def close(self) -> None:
+        """Give up what is not done."""
+        if self._mine:
+            with self.policy.lock:
+                self.policy._engine.drop([request for _, _, request in self._mine.values()])
+        self._mine = {}
+
+    def poll(self) -> list[tuple[Any, list[Completion]]]:
+        """Take a token for every sample; (key, completions) of the states that are done, if any."""
+        done: list[tuple[Any, list[Completion]]] = [(key, []) for key in self._hopeless]
+        self._hopeless = []
+        if self._mine:
+            with self.policy.lock:
+                self.policy._engine.step()
+        for place, (key, encoded, request) in list(self._mine.items()):
+            if not request.left:
+                del self._mine[place]
+                new = encoded.ids[encoded.spans[-1][1] if encoded.spans else 0 :]
+                done.append((key, [self.policy._completion(new, row) for row in request.rows]))
+        return done
 
 
 class _Row:

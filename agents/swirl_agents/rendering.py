@@ -3,10 +3,15 @@
 A chat template is rendered once with markers in place of the contents and cut at them. The pieces are tokenised with
 special tokens on, contents with special tokens off: text of a document, a user or a model can never become a control
 token. States are append-only by construction: ids = prompt + action + turn + action + ..., where an action is exactly
-the ids that were sampled, so nothing is ever re-tokenised, whatever a template would do to older messages.
+the ids that were sampled, so nothing is ever re-tokenised.
+
+The exception are templates that rewrite history (Qwen3's drops the thoughts of older turns; servers follow it too): there
+`rewrites` is true, an older action that the template changes is tokenised in its changed form, and a state is no longer a
+prefix of the next. All that share prefixes look at the tokens, so they share less there and stay exact.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -14,6 +19,9 @@ from swirl_env.errors import ConfigError
 from swirl_env.types import Message, Transcript
 
 _MARKS = [f"@@content-{i}@@" for i in range(3)]
+_ROLES = ["user", "assistant", "user"]
+_TELLING = ("<think>why</think><search>what</search>", "<think>\nwhy\n</think>\n\nwhat")
+"""Actions that a template which rewrites history would change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +46,15 @@ class Renderer:
         self.eos_id: int = tokenizer.eos_token_id
         if getattr(tokenizer, "chat_template", None):
             head = self._pieces(["user"])
-            turn = self._pieces(["user", "assistant", "user"])
+            turn = self._pieces(_ROLES)
         else:
             head, turn = [tokenizer.bos_token or "", "\n"], ["", "\n", "\n", "\n"]
         self._before_prompt, self._after_prompt = map(self._template_ids, head)
         self._after_action, self._after_observation = map(self._template_ids, turn[2:])
+        self._around_old = turn[1], turn[2]
+        self._older = lru_cache(4096)(self._as_template_has_it)
+        self.rewrites: bool = any(self._older(text) != text for text in _TELLING)
+        """Whether the chat template changes actions once a turn follows them."""
 
     def _pieces(self, roles: list[str]) -> list[str]:
         """The template's text before, between and after the contents of messages with these roles."""
@@ -61,6 +73,22 @@ class Renderer:
                 "Use a model whose template alternates user and assistant turns."
             ) from error
         return [*pieces, text]
+
+    def _as_template_has_it(self, text: str) -> str:
+        """An action as the template writes it when a turn follows; spaces around it do not count as a change."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            return text
+        messages = [{"role": r, "content": c} for r, c in zip(_ROLES, (_MARKS[0], text, _MARKS[2]), strict=True)]
+        try:
+            whole = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception:  # templates raise whatever they like; what they cannot write they do not change
+            return text
+        before, after = self._around_old
+        rest = whole.partition(_MARKS[0])[2].rpartition(_MARKS[2])[0]
+        if not (rest.startswith(before) and rest.endswith(after) and len(rest) >= len(before) + len(after)):
+            return text
+        written = rest[len(before) : len(rest) - len(after)]
+        return text if written.strip() == text.strip() else written
 
     def _template_ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
@@ -91,9 +119,13 @@ class Renderer:
         first = next((i for i, m in enumerate(messages) if m.role == "assistant"), len(messages))
         ids, action = self.prompt_ids(messages[:first]), list[int]()
         spans: list[tuple[int, int]] = []
-        for message in messages[first:]:
+        for i, message in enumerate(messages[first:], first):
             if message.role == "assistant":
                 action = self.content_ids(message.content) if message.ids is None else message.ids.tolist()
+                if self.rewrites and i + 1 < len(messages):
+                    content = self.decode(action)
+                    older = self._older(content)
+                    action = action if older == content else self.content_ids(older)
                 spans.append((len(ids), len(ids) + len(action)))
                 ids.extend(action)
             else:

@@ -1,19 +1,28 @@
 """Environment x policy -> trajectories, many at once.
 
-All running episodes ask the policy in one batch; each then takes its own step. The draw at each state has its own seed,
-from (seed, task, sample, step), so order and batching change nothing but rounding.
+A policy with a `session` (a local model's) takes states as they come: an episode whose tool has answered goes on at once, while
+the others are still decoding. Steps that take over a millisecond (a slow tool, a judge) run in threads beside it. Any other
+policy is asked about all episodes that wait for it in one batch. The draw at each state has its own seed, from (seed, task,
+sample, step), so order and batching change nothing but rounding.
 """
 
 import hashlib
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import gymnasium as gym
 
 from swirl_env.env import ToolEnv
 from swirl_env.errors import ConfigError
 from swirl_env.types import Completion, Message, Policy, Step, Trajectory, Transcript
+
+SLOW_SECONDS = 0.001
+"""Once a step took longer than this, steps run in threads."""
+MAX_THREADS = 64
 
 
 def draw_seed(seed: int, *key: str | int) -> int:
@@ -22,7 +31,7 @@ def draw_seed(seed: int, *key: str | int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-@dataclass
+@dataclass(eq=False)
 class _Episode:
     env: gym.Env
     task_id: str
@@ -86,24 +95,90 @@ def rollout(
         )
     waiting = iter(jobs)
     free: list[gym.Env] = []
-    running: list[_Episode] = []
-    while True:
-        while len(running) < batch_size and (job := next(waiting, None)) is not None:
-            if not free:
-                free.append(make_env())
-            env = free.pop()
-            _, info = env.reset(seed=draw_seed(seed, *job) >> 32, options={"task_id": job[0]})
-            running.append(_Episode(env, *job, info["transcript"], info["transcript"].messages))
-        if not running:
+    session = policy.session() if hasattr(policy, "session") else _Batches(policy)
+    steps = _Steps(min(batch_size, MAX_THREADS))
+    running = 0
+    try:
+        while True:
+            while running < batch_size and (job := next(waiting, None)) is not None:
+                if not free:
+                    free.append(make_env())
+                env = free.pop()
+                _, info = env.reset(seed=draw_seed(seed, *job) >> 32, options={"task_id": job[0]})
+                episode = _Episode(env, *job, info["transcript"], info["transcript"].messages)
+                session.add(episode, episode.state(seed, round), 1)
+                running += 1
+            if not running:
+                return
+            for episode, completions in session.poll() if len(session) else ():
+                steps.take(episode, completions[0] if completions else None)
+            for episode in steps.done(block=not len(session)):
+                if episode.stop is None:
+                    session.add(episode, episode.state(seed, round), 1)
+                else:
+                    running -= 1
+                    free.append(episode.env)
+                    yield _record(episode, policy.name, seed, round)
+    finally:
+        session.close()
+        steps.close()
+
+
+class _Batches:
+    """The session of a policy that has none: all waiting states in one call."""
+
+    def __init__(self, policy: Policy):
+        self.policy = policy
+        self._waiting: list[tuple[Any, Transcript]] = []
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, key: Any, transcript: Transcript, n: int) -> None:
+        self._waiting.append((key, transcript))
+
+    def poll(self) -> list[tuple[Any, list[Completion]]]:
+        asked, self._waiting = self._waiting, []
+        answers = self.policy([transcript for _, transcript in asked], 1)
+        return [(key, answer) for (key, _), answer in zip(asked, answers, strict=True)]
+
+    def close(self) -> None:
+        self._waiting = []
+
+
+class _Steps:
+    """Takes the steps of episodes, in threads once one was slow."""
+
+    def __init__(self, threads: int):
+        self.threads = threads
+        self._slow = False
+        self._pool: ThreadPoolExecutor | None = None
+        self._done: list[_Episode] = []
+        self._flying: dict[Future, _Episode] = {}
+
+    def take(self, episode: _Episode, completion: Completion | None) -> None:
+        if self._slow:
+            self._pool = self._pool or ThreadPoolExecutor(self.threads, "swirl-steps")
+            self._flying[self._pool.submit(episode.act, completion)] = episode
             return
-        answers = policy([episode.state(seed, round) for episode in running], 1)
-        for episode, completions in zip(running, answers, strict=True):
-            episode.act(completions[0] if completions else None)
-        for episode in running:
-            if episode.stop is not None:
-                free.append(episode.env)
-                yield _record(episode, policy.name, seed, round)
-        running = [episode for episode in running if episode.stop is None]
+        began = time.perf_counter()
+        episode.act(completion)
+        self._slow = time.perf_counter() - began > SLOW_SECONDS
+        self._done.append(episode)
+
+    def done(self, block: bool) -> list[_Episode]:
+        """Episodes whose step is taken; waits for one if told to. Raises what a step raised."""
+        done, self._done = self._done, []
+        if self._flying:
+            wait(self._flying, 0 if done or not block else None, FIRST_COMPLETED)
+            for future in [future for future in self._flying if future.done()]:
+                done.append(self._flying.pop(future))
+                future.result()
+        return done
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _record(episode: _Episode, policy: str, seed: int, round: int) -> Trajectory:

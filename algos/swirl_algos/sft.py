@@ -3,13 +3,14 @@
     L = -(1/|A|) sum_{t in A} log pi(a_t | everything before)
 
 over the action tokens A of a batch of trajectories; prompt, tool and template tokens are masked. A trajectory is one row:
-it is append-only, so all of its actions are learned in one pass.
+it is append-only, so all of its actions are learned in one pass. (Where the chat template rewrites history, each action is a
+row of its own.)
 """
 
 from collections.abc import Callable, Sequence
 
 import torch
-from swirl_agents.rendering import Renderer
+from swirl_agents.rendering import Encoded, Renderer
 
 from swirl_algos.configs import SftConfig
 from swirl_algos.optimize import Optimizer, TrainingError, shuffled_batches
@@ -21,6 +22,16 @@ def finished(trajectory: Trajectory) -> Transcript:
     last = trajectory.steps[-1]
     ids = None if last.tokens is None else last.tokens.action_ids
     return Transcript((*trajectory.states()[-1].messages, Message("assistant", last.action.text, ids)))
+
+
+def _rows(renderer: Renderer, trajectory: Trajectory) -> list[Encoded]:
+    """What to learn of a trajectory."""
+    whole = finished(trajectory)
+    if not renderer.rewrites:
+        return [renderer.encode(whole)]
+    ends = [i + 1 for i, message in enumerate(whole.messages) if message.role == "assistant"]
+    rows = [renderer.encode(Transcript(whole.messages[:end])) for end in ends]
+    return [Encoded(row.ids, row.spans[-1:]) for row in rows]
 
 
 def train(
@@ -41,7 +52,7 @@ def train(
         TrainingError: there is nothing to learn from, or the loss is not finite.
     """
     renderer = Renderer(tokenizer)
-    encoded = [renderer.encode(finished(trajectory)) for trajectory in trajectories if trajectory.steps]
+    encoded = [row for trajectory in trajectories if trajectory.steps for row in _rows(renderer, trajectory)]
     context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     fitting = [one for one in encoded if len(one.ids) <= context]
     if not fitting:

@@ -81,6 +81,12 @@ def train(
     policy = LocalPolicy(
         model, tokenizer, temperature=config.temperature, max_new_tokens=config.max_new_tokens, seed=seed
     )
+    if policy.renderer.rewrites:
+        warnings.warn(
+            "The chat template changes older turns (it drops thoughts, say), so the states of a trajectory share only their "
+            "beginning: updates and sampling cost up to as many times more as a trajectory has steps.",
+            stacklevel=2,
+        )
     batches = shuffled_batches(usable, config.epochs, config.batch_size, seed)
     optimizer = Optimizer(model, config.learning_rate, len(batches))
     gradients, told = 0, False

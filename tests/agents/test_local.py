@@ -72,6 +72,36 @@ def test_a_template_that_cannot_alternate_is_told():
         Renderer(tokenizer)
 
 
+FORGETFUL = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' and not loop.last %}{{ m['content'].split('</think>')[-1].lstrip('\n') }}"
+    "{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_template_that_drops_old_thoughts_is_followed():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = FORGETFUL
+    renderer, model = Renderer(tokenizer), tiny_model(tokenizer)
+    assert renderer.rewrites and not RENDERER.rewrites
+    acts = ["<think>first</think><search>a</search>", "no thought"]
+    for messages in (("Q", acts[0], "R1"), ("Q", acts[0], "R1", acts[1], "R2")):
+        chat = [{"role": r, "content": c} for r, c in zip(["user", "assistant"] * 3, messages, strict=False)]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        assert "first" not in text
+        ids = renderer.encode(state(*messages)).ids.tolist()
+        assert ids == tokenizer(text, add_special_tokens=False).input_ids
+    finished = renderer.encode(state("Q", acts[0]))  # the newest action keeps its thought
+    assert renderer.decode(finished.ids[slice(*finished.spans[-1])]) == acts[0]
+    policy = LocalPolicy(model, tokenizer, temperature=0, max_new_tokens=6)
+    states = [state("Q"), state("Q", acts[0], "R1"), state("Q", acts[0], "R1", acts[1], "R2")]
+    for transcript, [one] in zip(states, policy(states), strict=True):
+        ids = torch.tensor(renderer.encode(transcript).ids).long()[None]
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6)
+        assert one.tokens.action_ids.tolist() == made[0, ids.shape[1] :].tolist()
+
+
 def test_without_a_template_lines_do():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None

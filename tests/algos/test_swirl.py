@@ -171,6 +171,31 @@ def test_a_model_that_cannot_be_packed_trains_on_plain_rows():
     assert losses[0] == losses[1]
 
 
+def test_a_template_that_drops_old_thoughts_trains_on_what_it_shows():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ message['content'] }}",
+        "{{ message['content'].split('</think>')[-1] if message['role'] == 'assistant' and not loop.last else message['content'] }}",
+    )
+    thought = [replace(GOLD[0], steps=tuple(
+        replace(step, action=replace(step.action, text=f"<think>hm</think>{step.action.text}")) for step in GOLD[0].steps
+    ))]  # fmt: skip
+    renderer = Renderer(tokenizer)
+    assert renderer.rewrites
+    losses, rows = [], []
+    for reference in (True, False):
+        model, seen = tiny_model(tokenizer, seed=1), []
+        with pytest.warns(UserWarning, match="changes older turns"):
+            config = replace(CONFIG, reference=reference)
+            swirl.train(model, tokenizer, thought, EvenLetters(), GRAMMAR, config, log=seen.append)
+        losses.append(seen[0]["loss"])
+        rows.append(seen[0]["row_tokens"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert rows[1] < rows[0]  # the samples of a state still share it
+    learned = [renderer.decode(r.ids[slice(*s)]) for r in sft._rows(renderer, thought[0]) for s in r.spans]
+    assert learned == [step.action.text for step in thought[0].steps]
+
+
 class Unknowing:
     """Knows nothing about every second action, and nothing at all if told so."""
 
