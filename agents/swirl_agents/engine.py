@@ -1,19 +1,22 @@
 """The rollout engine: continuous batching over slots of keys and values that outlive a call.
 
-Every sample being drawn has a slot: a row of buffers that hold its keys and values by position. A decoding step runs over all
-busy slots at once; a sample that ends gives its slot to the last one, and a request that arrives takes the next, so samples
-enter and leave at any step and nobody waits for the slowest. `PrefixStore` keeps what slots held, by its tokens: a state that
-continues (after a tool has answered) is prefilled from where it was left, the n samples of a state share one prefill, and so
-do the states of a trajectory. What is kept is bounded in tokens; the least recently used is dropped and prefilled again when
-it is asked for.
+A state that is being answered has a slot: a row of buffers that hold its keys and values by position, and after them those of
+the samples drawn there, each of which sees the state and itself. One forward pass takes a token for every sample and prefills the
+states that have just come, all in one row of tokens (no padding outside attention); a state whose samples have ended
+gives its slot to the last one, so samples enter and leave at any step and nobody waits for the slowest.
 
-Shapes: `B` busy slots, `Q` new tokens of each, `P` positions that are attended to, `V` vocabulary. On a GPU the decoding step has
-static shapes (B and P rounded up) and is captured as a CUDA graph for each. Models that keep other state than keys and
-values of every token, or want their masks otherwise (`why_not`), are run by `Batches`: whole batches with their own cache.
+`PrefixStore` keeps what slots held, by its tokens: a state that continues (after a tool has answered) is prefilled from where it was
+left, and the states of a trajectory share one prefill. What is kept is bounded in tokens; the least recently used is dropped
+and prefilled again when it is asked for.
+
+Shapes: `N` tokens of a pass, `M` busy samples, `B` logits wanted, `V` vocabulary, `H` heads of size `D`. On a GPU the steps without
+newcomers have static shapes and are captured as CUDA graphs. Models that keep other state than keys and values of
+every token, or attend in ways of their own (`why_not`), are run by `Batches`: whole batches with their own cache.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,8 +24,10 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from swirl_agents.attention import attending, grouped
+
 PREFILL_TOKENS = 2048
-"""Tokens, padding included, that are prefilled in one forward pass (a longer state has one to itself)."""
+"""Tokens of states from which on no more are let in at one step."""
 MIN_SHARED = 32
 """Tokens that waiting states must begin with for their common beginning to be prefilled on its own."""
 STEP_POSITIONS = 256
@@ -112,38 +117,29 @@ class PrefixStore:
 # -- slots
 
 
+TRUNK, FREE = -1, -2
+"""Owners of a position that belong to no sample."""
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    """A state and the samples being drawn there: its tokens first, then theirs in the order in which they come."""
+
+    request: Request
+    rows: list[Any]
+    used: int
+    """Positions taken."""
+
+
 @dataclass(slots=True)
-class _Plan:
-    """Which slots the forward pass in progress reads and writes."""
+class _Piece:
+    """New tokens of a state that is being prefilled."""
 
-    begin: int = 0
-    end: int = 0
-    positions: int = 0
-    """P"""
-    write_BQ: Any = None
-    """int64[B, Q]: where each new token goes."""
-    slot_B1: Any = None
-
-
-class _Slots(DynamicLayer):
-    """One layer's keys and values as [slots, H, capacity, D], by position."""
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, plan: _Plan):
-        super().__init__()
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        self.keys: Any = keys
-        self.values: Any = values
-        self.plan = plan
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        plan, seen = self.plan, []
-        for buffer, new in ((self.keys, key_states), (self.values, value_states)):
-            buffer[plan.slot_B1, :, plan.write_BQ] = new.transpose(1, 2)
-            seen.append(buffer[plan.begin : plan.end, :, : plan.positions])
-        return tuple(seen)
-
-    def get_seq_length(self, *args, **kwargs) -> int:
-        return self.plan.positions
+    slot: int
+    kept: int
+    """Positions before them."""
+    ids: np.ndarray
+    mask: torch.Tensor | None = None
 
 
 class Engine:
@@ -153,7 +149,7 @@ class Engine:
         model: a causal language model for which `why_not` has no objection.
         sample: takes a token for each row.
         max_new_tokens: that a row may take.
-        batch_tokens: slots x positions that are decoded at once; bounds memory. One row is always run, whatever its length.
+        batch_tokens: slots x positions that are decoded at once; bounds memory. One sample is always run, whatever its length.
         cache_tokens: tokens whose keys and values are kept when their slot is given away.
     """
 
@@ -163,13 +159,14 @@ class Engine:
         self.store = PrefixStore(cache_tokens)
         self._version: tuple[int, ...] = ()
         self._waiting: list[tuple[Request, int]] = []  # and the first of its rows that waits
-        self._busy: list[tuple[Request, Any]] = []  # by slot
-        self._lengths: list[int] = []  # positions that a slot holds
-        self._plan = _Plan()
-        self._layers: list[_Slots] = []
-        self._graphs: dict[tuple[int, int], Any] = {}
+        self._slots: list[_Slot] = []
+        self._buffers: list[
+            tuple[torch.Tensor, torch.Tensor]
+        ] = []  # of each layer, keys and values [slots, H_kv, capacity, D]
+        self._owners: Any = None  # int16[slots, capacity]: which of the slot's samples each position belongs to
+        self._graphs: dict[tuple[int, ...], _Graph] = {}
         self.prefilled = self.decoded = 0
-        """Tokens so far, padding left out."""
+        """Tokens so far."""
 
     def add(self, request: Request) -> None:
         """Take a request; its samples enter the batch at the next step."""
@@ -179,23 +176,38 @@ class Engine:
         """Forget requests, wherever they are."""
         gone = {id(request) for request in requests}
         self._waiting = [(request, first) for request, first in self._waiting if id(request) not in gone]
-        for request, row in self._busy:
-            if id(request) in gone:
-                request.keep, row.finish = False, row.finish or "dropped"
+        for slot in self._slots:
+            if id(slot.request) in gone:
+                slot.request.keep = False
+                for row in slot.rows:
+                    row.finish = row.finish or "dropped"
         self._release()
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Let waiting samples in as far as there is room, and take one token for each."""
+        """Let waiting states in as far as there is room, and take one token for each sample, in one forward pass."""
         self._forget_other_weights()
-        self._admit()
-        if self._busy:
-            size = len(self._busy)
-            logits = self._decode([row.ids[-1] for _, row in self._busy], self._lengths)
-            self.decoded += size
-            self._lengths = [length + 1 for length in self._lengths]
-            self.sample(logits[:size], [row for _, row in self._busy])
-            self._release()
+        busy = [
+            (place, lane)
+            for place, slot in enumerate(self._slots)
+            for lane, row in enumerate(slot.rows)
+            if row.finish is None
+        ]
+        pieces = self._admit()
+        if not busy and not pieces:
+            return
+        rows = [self._slots[place].rows[lane] for place, lane in busy]
+        if pieces or self.model.device.type != "cuda":
+            logits = self._forward(self._lay_out(busy, pieces), [row.ids[-1] for row in rows])
+        else:
+            logits = self._replay(busy, [row.ids[-1] for row in rows])
+        self.decoded += len(busy)
+        source = list(range(len(busy)))
+        for i, piece in enumerate(pieces, len(busy)):  # all samples of a state begin with the same logits
+            rows += self._slots[piece.slot].rows
+            source += [i] * len(self._slots[piece.slot].rows)
+        self.sample(logits[: len(busy)] if not pieces else logits[source], rows)
+        self._release()
 
     def _forget_other_weights(self) -> None:
         version = tuple(parameter._version for parameter in self.model.parameters())
@@ -205,183 +217,308 @@ class Engine:
 
     # -- entering
 
-    def _admit(self) -> None:
+    def _admit(self) -> list[_Piece]:
+        """Give slots to waiting states; what is to be prefilled of them."""
         chosen: list[tuple[Request, int, int]] = []
-        rows, longest = len(self._busy), max(self._lengths, default=0) + self.max_new_tokens
-        while self._waiting:
+        longest, new = max((self._needs(slot.request, len(slot.rows)) for slot in self._slots), default=0), 0
+        while self._waiting and (not chosen or new < PREFILL_TOKENS):
             request, first = self._waiting[0]
-            longest = max(longest, len(request.ids) + self.max_new_tokens)
-            room = self.batch_tokens // longest - rows
-            if room < 1 and rows:
+            count = len(self._slots) + len(chosen) + 1
+            room = self.batch_tokens // count
+            lanes = min(len(request.rows) - first, max(1, (room - len(request.ids)) // self.max_new_tokens))
+            wide = max(longest, self._needs(request, lanes))
+            if count > 1 and wide > room:
                 break
-            last = min(len(request.rows), first + max(1, room))
-            chosen.append((request, first, last))
-            rows += last - first
-            if last < len(request.rows):
-                self._waiting[0] = request, last
-                break
-            self._waiting.pop(0)
+            longest, new = wide, new + len(request.ids)
+            chosen.append((request, first, first + lanes))
+            if first + lanes < len(request.rows):
+                self._waiting[0] = request, first + lanes
+            else:
+                self._waiting.pop(0)
         if not chosen:
-            return
-        self._reserve(rows, longest)
+            return []
+        self._reserve(len(self._slots) + len(chosen), longest)
         for trunk in shared_trunks([request.ids for request, _, _ in chosen]):
             if self.store.find(trunk)[0] < len(trunk) - 1:
-                self._prefill([trunk])
-                self._keep(len(self._busy), trunk)
-        split = {id(request) for request, first, last in chosen if last - first < len(request.rows)}
-        found = {id(request): self.store.find(request.ids)[0] for request, _, _ in chosen}
-        for batch in _alike(chosen, lambda one: len(one[0].ids) - found[id(one[0])]):
-            logits = self._prefill([request.ids for request, _, _ in batch])
-            begin = len(self._busy)
-            for slot, (request, first, _) in enumerate(batch, begin):
-                self._take(slot, request, first)
-                if id(request) in split:  # later samples find the state here
-                    self._keep(slot, request.ids)
-            source = list(range(len(batch)))
-            for i, (request, first, last) in enumerate(batch):  # the other samples of a state begin as the first
-                for row in range(first + 1, last):
-                    self._copy(begin + i, len(self._busy), len(request.ids))
-                    self._take(len(self._busy), request, row)
-                    source.append(i)
-            self.sample(logits[source], [row for _, row in self._busy[begin:]])
-            self._release()
+                self._keep_trunk(trunk)
+        pieces = []
+        for request, first, last in chosen:
+            if last - first < len(request.rows) and self.store.find(request.ids)[0] < len(request.ids) - 1:
+                self._keep_trunk(request.ids)  # its other samples come later
+            pieces.append(self._enter(len(self._slots), request.ids))
+            self._slots.append(_Slot(request, list(request.rows[first:last]), len(request.ids)))
+        return pieces
 
-    def _take(self, slot: int, request: Request, row: int) -> None:
-        assert slot == len(self._busy)
-        self._busy.append((request, request.rows[row]))
-        self._lengths.append(len(request.ids))
+    def _needs(self, request: Request, lanes: int) -> int:
+        return len(request.ids) + lanes * self.max_new_tokens
 
-    def _prefill(self, prompts: list[np.ndarray]) -> torch.Tensor:
-        """Put states into the slots behind the busy ones; float[B, V], logits of the token after each."""
-        begin, device = len(self._busy), self.model.device
-        found = [self.store.find(prompt) for prompt in prompts]
-        new = [prompt[size:] for prompt, (size, _) in zip(prompts, found, strict=True)]
-        width, dump = max(map(len, new)), self._layers[0].keys.shape[2] - 1
-        tokens = np.zeros((len(prompts), width), np.int64)
-        positions = np.zeros((len(prompts), width), np.int64)
-        write = np.full((len(prompts), width), dump)  # padding goes where nobody looks
-        for slot, (part, (size, entry)) in enumerate(zip(new, found, strict=True)):
-            if entry is not None:
-                for layer, (keys, values) in zip(self._layers, entry.layers, strict=True):
-                    layer.keys[begin + slot, :, :size] = keys[:, :size]
-                    layer.values[begin + slot, :, :size] = values[:, :size]
-            tokens[slot, width - len(part) :] = part
-            positions[slot, width - len(part) :] = write[slot, width - len(part) :] = np.arange(size, size + len(part))
-        self.prefilled += sum(map(len, new))
-        tokens_BQ, positions_BQ, write_BQ = (torch.from_numpy(array).to(device) for array in (tokens, positions, write))
-        return self._forward(tokens_BQ, positions_BQ, write_BQ, begin, max(map(len, prompts)))
+    def _enter(self, place: int, ids: np.ndarray) -> _Piece:
+        """Copy what is kept of a state into a free slot."""
+        size, entry = self.store.find(ids)
+        if entry is not None:
+            for buffers, kept in zip(self._buffers, entry.layers, strict=True):
+                for buffer, part in zip(buffers, kept, strict=True):
+                    buffer[place, :, :size] = part[:, :size]
+        self._owners[place] = FREE
+        self._owners[place, : len(ids)] = TRUNK
+        self.prefilled += len(ids) - size
+        return _Piece(place, size, ids[size:])
+
+    def _keep_trunk(self, ids: np.ndarray) -> None:
+        """Prefill a beginning that several states share, and keep it."""
+        piece = self._enter(len(self._slots), ids)
+        self._forward(self._lay_out([], [piece]), [])
+        self._keep(piece.slot, ids)
 
     # -- one pass
 
-    def _forward(self, tokens_BQ, positions_BQ, write_BQ, begin: int, positions: int) -> torch.Tensor:
-        """float[B, V]: logits after the last token of each of the slots from `begin` on."""
-        plan, end = self._plan, begin + len(tokens_BQ)
-        plan.begin, plan.end, plan.positions, plan.write_BQ = begin, end, positions, write_BQ
-        plan.slot_B1 = torch.arange(begin, end, device=tokens_BQ.device)[:, None]
-        hidden = torch.arange(positions, device=tokens_BQ.device) > positions_BQ[..., None]
-        mask = torch.zeros(hidden.shape, dtype=self.model.dtype, device=hidden.device)
-        mask = mask.masked_fill(hidden, torch.finfo(mask.dtype).min)[:, None]
-        cache = DynamicCache()
-        cache.layers = list(self._layers)
-        out = self.model(
-            tokens_BQ, attention_mask=mask, position_ids=positions_BQ, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )  # fmt: skip
-        return out.logits[:, -1]
-
-    def _decode(self, tokens: list[int], lengths: list[int]) -> torch.Tensor:
+    def _lay_out(self, busy: list[tuple[int, int]], pieces: list[_Piece]) -> "_Batch":
+        """A row of tokens: one of each busy sample, then those of the pieces."""
         device = self.model.device
-        tokens_B1, positions_B1 = (torch.tensor(values, device=device)[:, None] for values in (tokens, lengths))
-        positions = max(lengths) + 1
-        if device.type != "cuda":
-            return self._forward(tokens_B1, positions_B1, positions_B1, 0, positions)
-        # static shapes: slots that are not busy write to themselves, positions beyond a row's own are masked
-        slots, capacity = self._layers[0].keys.shape[0], self._layers[0].keys.shape[2]
-        rows = min(slots, 1 << (len(tokens) - 1).bit_length())
-        positions = min(capacity, -(-positions // STEP_POSITIONS) * STEP_POSITIONS)
-        graph = self._graphs.get((rows, positions)) or self._capture(rows, positions)
-        graph.tokens[: len(tokens)], graph.positions[: len(tokens)] = tokens_B1, positions_B1
-        graph.positions[len(tokens) :] = 0
-        graph.graph.replay()
-        return graph.logits
+        slots, lanes, write, positions = [], [], [], []
+        for place, lane in busy:
+            slot = self._slots[place]
+            slots.append(place)
+            lanes.append(lane)
+            write.append(slot.used)
+            positions.append(len(slot.request.ids) + len(slot.rows[lane].ids) - 1)
+            slot.used += 1
+        at = [*range(len(busy))]
+        total = len(busy)
+        for piece in pieces:
+            new = range(piece.kept, piece.kept + len(piece.ids))
+            slots += [piece.slot] * len(new)
+            write += new
+            positions += new
+            total += len(new)
+            at.append(total - 1)
+        slot_N, write_N, positions_N, lane_M, at_B = (
+            torch.tensor(values, dtype=torch.long, device=device) for values in (slots, write, positions, lanes, at)
+        )
+        return _Batch(
+            self, slot_N, write_N, positions_N, lane_M, at_B, pieces,
+            rows=max((place for place, _ in busy), default=-1) + 1,
+            width=max((len(list(group)) for _, group in groupby(place for place, _ in busy)), default=0),
+            reach=max((self._slots[place].used for place, _ in busy), default=0),
+        )  # fmt: skip
 
-    def _capture(self, rows: int, positions: int) -> Any:
-        graph = _Graph(*(torch.zeros(rows, 1, dtype=torch.long, device=self.model.device) for _ in range(2)))
-        graph.positions += self._layers[0].keys.shape[2] - 1  # while trying out, write where nobody looks
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._forward(graph.tokens, graph.positions, graph.positions, 0, positions)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph.graph):
-            graph.logits = self._forward(graph.tokens, graph.positions, graph.positions, 0, positions)
-        self._graphs[rows, positions] = graph
-        return graph
+    def _forward(self, batch: "_Batch", tokens: list[int]) -> torch.Tensor:
+        """float[B, V]: logits after each busy sample's last token, then after each piece."""
+        ids = np.concatenate([np.asarray(tokens, np.int64), *(piece.ids for piece in batch.pieces)])
+        batch.begin()
+        return self._run(batch, torch.from_numpy(ids.astype(np.int64)).to(self.model.device))
+
+    def _run(self, batch: "_Batch", ids_N: torch.Tensor) -> torch.Tensor:
+        with attending(self.model, batch):
+            # a mask of ones: without one, models look for packed sequences, which waits for the device
+            out = self.model(
+                ids_N[None], attention_mask=torch.ones_like(ids_N)[None], position_ids=batch.positions_N[None],
+                use_cache=False, logits_to_keep=batch.at_B,
+            )  # fmt: skip
+        return out.logits[0]
+
+    def _replay(self, busy: list[tuple[int, int]], tokens: list[int]) -> torch.Tensor:
+        """A step without newcomers on a GPU: static shapes, captured once for each. What fills them up writes where nobody looks."""
+        batch = self._lay_out(busy, [])
+        slots, capacity = self._owners.shape
+        count = _rounded(len(busy))
+        rows, width = min(slots - 1, _rounded(batch.rows)), _rounded(batch.width)
+        reach = min(capacity, -(-batch.reach // STEP_POSITIONS) * STEP_POSITIONS)
+        graph = self._graphs.get(key := (count, rows, width, reach))
+        if graph is None:
+            graph = self._graphs[key] = _Graph(self, count, rows, width, reach)
+        return graph.run(batch, tokens)
 
     # -- leaving
 
     @torch.inference_mode()
     def _release(self) -> None:
-        """Free the slots of rows that have ended; the last busy slots move into the gaps."""
-        for slot in reversed(range(len(self._busy))):
-            request, row = self._busy[slot]
-            if row.finish is None:
+        """Free the slots whose samples have all ended; the last busy slots move into the gaps."""
+        for place in reversed(range(len(self._slots))):
+            slot = self._slots[place]
+            if any(row.finish is None for row in slot.rows):
                 continue
-            if request.keep:
-                said = np.asarray(row.ids[: self._lengths[slot] - len(request.ids)], request.ids.dtype)
-                self._keep(slot, np.concatenate([request.ids, said]))
-            last = len(self._busy) - 1
-            if slot != last:
-                self._copy(last, slot, self._lengths[last])
-                self._busy[slot], self._lengths[slot] = self._busy[last], self._lengths[last]
-            self._busy.pop()
-            self._lengths.pop()
-            request.left -= 1
+            if slot.request.keep:
+                said = np.asarray(slot.rows[0].ids, slot.request.ids.dtype)
+                self._keep(place, np.concatenate([slot.request.ids, said])[: slot.used])
+            last = self._slots.pop()
+            if last is not slot:
+                self._slots[place] = last
+                for buffer in (part for buffers in self._buffers for part in buffers):
+                    buffer[place, :, : last.used] = buffer[len(self._slots), :, : last.used]
+                self._owners[place] = self._owners[len(self._slots)]
+            slot.request.left -= len(slot.rows)
 
-    def _keep(self, slot: int, ids: np.ndarray) -> None:
+    def _keep(self, place: int, ids: np.ndarray) -> None:
         """Put what a slot holds into the store."""
-        self.store.put(
-            ids,
-            [
-                (layer.keys[slot, :, : len(ids)].clone(), layer.values[slot, :, : len(ids)].clone())
-                for layer in self._layers
-            ],
-        )
-
-    def _copy(self, source: int, target: int, length: int) -> None:
-        for layer in self._layers:
-            for buffer in (layer.keys, layer.values):
-                buffer[target, :, :length] = buffer[source, :, :length]
+        copied = [
+            (keys[place, :, : len(ids)].clone(), values[place, :, : len(ids)].clone()) for keys, values in self._buffers
+        ]
+        self.store.put(ids, copied)
 
     def _reserve(self, slots: int, positions: int) -> None:
-        """Buffers of at least this size (one slot and position more, for shared beginnings and padding); what is there stays."""
-        if not self._layers:
+        """Buffers of at least this size (and a slot and a position more, for shared beginnings and padding)."""
+        if not self._buffers:
             layers: list[Any] = _one_token(self.model).layers
-            self._layers = [_Slots(layer.keys[:, :, :0], layer.values[:, :, :0], self._plan) for layer in layers]
-        have = self._layers[0].keys.shape[0], self._layers[0].keys.shape[2]
+            self._buffers = [(layer.keys[:, :, :0], layer.values[:, :, :0]) for layer in layers]
+            self._owners = torch.full((1, 0), FREE, dtype=torch.int16, device=self.model.device)
+        have = self._owners.shape
         need = slots + 1, -(-(positions + 1) // STEP_POSITIONS) * STEP_POSITIONS
         if need[0] <= have[0] and positions + 1 <= have[1]:
             return
-        slots, positions = max(need[0], have[0]), max(need[1], have[1])
-        if slots * positions > 2 * self.batch_tokens:  # few long states after many short ones, or the other way
-            slots, positions = need
+        size = max(need[0], have[0]), max(need[1], have[1])
+        if size[0] * size[1] > 2 * self.batch_tokens:  # few long states after many short ones, or the other way
+            size = need
         self._graphs.clear()
-        held = max(self._lengths, default=0)
-        for layer in self._layers:
-            for name in ("keys", "values"):
-                old = getattr(layer, name)
-                new = old.new_zeros(slots, old.shape[1], positions, old.shape[3])
-                new[: len(self._busy), :, :held] = old[: len(self._busy), :, :held]
-                setattr(layer, name, new)
+        busy, reach = len(self._slots), max((slot.used for slot in self._slots), default=0)
+
+        def grown(old: torch.Tensor) -> torch.Tensor:
+            new = old.new_zeros(size[0], old.shape[1], size[1], old.shape[3])
+            new[:busy, :, :reach] = old[:busy, :, :reach]
+            return new
+
+        self._buffers = [(grown(keys), grown(values)) for keys, values in self._buffers]
+        owners = torch.full(size, FREE, dtype=torch.int16, device=self._owners.device)
+        owners[:busy, :reach] = self._owners[:busy, :reach]
+        self._owners = owners
 
 
 @dataclass(eq=False)
+class _Batch:
+    """The layout of one pass: `N` tokens in a row, the first `M` of them one a busy sample, the rest pieces of states.
+
+    Keys and values are written to their places first. The samples of a slot then attend together, padded to `width`, over what the
+    slot holds of the state and each over its own; a piece attends over its state as far as it is.
+    """
+
+    engine: Engine
+    slot_N: torch.Tensor
+    write_N: torch.Tensor
+    positions_N: torch.Tensor
+    lane_M: torch.Tensor
+    at_B: torch.Tensor
+    pieces: list[_Piece]
+    rows: int
+    """Slots with busy samples."""
+    width: int
+    """Most busy samples of a slot."""
+    reach: int
+    """Positions taken in the fullest of them."""
+    column_M: Any = None
+    mask: Any = None
+
+    def begin(self) -> None:
+        """What all layers share."""
+        engine, busy = self.engine, len(self.lane_M)
+        if busy:
+            slot_M, device = self.slot_N[:busy], self.slot_N.device
+            engine._owners[slot_M, self.write_N[:busy]] = self.lane_M.to(torch.int16)
+            before = (slot_M[:, None] == slot_M) & (
+                torch.arange(busy, device=device) < torch.arange(busy, device=device)[:, None]
+            )
+            # which of its slot's busy samples each is (what fills up a captured step may share a place)
+            self.column_M = before.sum(1).clamp(max=self.width - 1)
+            lanes = torch.full((self.rows, self.width), FREE - 1, device=device, dtype=torch.int16)
+            lanes[slot_M, self.column_M] = self.lane_M.to(torch.int16)
+            owners = engine._owners[: self.rows, None, : self.reach]
+            self.mask = self._additive((owners == TRUNK) | (owners == lanes[..., None]))[:, None]
+        for piece in self.pieces:
+            if piece.kept:
+                new = len(piece.ids)
+                seen = torch.ones(new, piece.kept + new, dtype=torch.bool, device=self.slot_N.device).tril(piece.kept)
+                piece.mask = self._additive(seen)
+
+    def _additive(self, seen: torch.Tensor) -> torch.Tensor:
+        dtype = self.engine.model.dtype
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+    def attend(self, module, query, key, value, scale: float | None) -> torch.Tensor:
+        keys, values = self.engine._buffers[module.layer_idx]
+        keys[self.slot_N, :, self.write_N] = key[0].transpose(0, 1)
+        values[self.slot_N, :, self.write_N] = value[0].transpose(0, 1)
+        attention, heads = torch.nn.functional.scaled_dot_product_attention, key.shape[1]
+        out, start = [], len(self.lane_M)
+        if start:
+            out.append(self._lanes(query[0, :, :start].transpose(0, 1), keys, values, scale))
+        repeats = query.shape[1] // heads
+        for piece in self.pieces:
+            end = start + len(piece.ids)
+            part = query[:, :, start:end]
+            if not piece.kept:
+                done = attention(
+                    part, key[:, :, start:end], value[:, :, start:end], is_causal=True, scale=scale, enable_gqa=repeats > 1
+                )  # fmt: skip
+            else:
+                place, reach = slice(piece.slot, piece.slot + 1), piece.kept + len(piece.ids)
+                assert piece.mask is not None
+                mask = piece.mask.repeat(repeats, 1)
+                done = attention(
+                    grouped(part, heads), keys[place, :, :reach], values[place, :, :reach], attn_mask=mask, scale=scale
+                ).reshape(1, query.shape[1], len(piece.ids), -1)  # fmt: skip
+            out.append(done[0].transpose(0, 1))
+            start = end
+        return torch.cat(out)[None]
+
+    def _lanes(self, query_MHD, keys, values, scale) -> torch.Tensor:
+        """float[M, H, D]: heads that share keys, and samples that share a state, are further queries of one slot."""
+        busy, count, size = query_MHD.shape
+        heads = keys.shape[1]
+        repeats, slot_M = count // heads, self.slot_N[:busy]
+        padded = query_MHD.new_zeros(self.rows, self.width, heads, repeats, size)
+        padded[slot_M, self.column_M] = query_MHD.reshape(busy, heads, repeats, size)
+        queries = padded.permute(0, 2, 1, 3, 4).reshape(self.rows, heads, self.width * repeats, size)
+        done = torch.nn.functional.scaled_dot_product_attention(
+            queries, keys[: self.rows, :, : self.reach], values[: self.rows, :, : self.reach],
+            attn_mask=self.mask.repeat_interleave(repeats, 2), scale=scale,
+        )  # fmt: skip
+        done = done.reshape(self.rows, heads, self.width, repeats, -1).permute(0, 2, 1, 3, 4)
+        return done[slot_M, self.column_M].reshape(busy, count, -1)
+
+
+def _rounded(count: int) -> int:
+    """Up to a power of two."""
+    return 1 << (count - 1).bit_length()
+
+
 class _Graph:
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    graph: Any = None
-    logits: Any = None
+    """A captured decoding step of static shapes."""
+
+    def __init__(self, engine: Engine, count: int, rows: int, width: int, reach: int):
+        device = engine.model.device
+        self.engine, self.ids_N = engine, torch.zeros(count, dtype=torch.long, device=device)
+        fill = [rows, engine._owners.shape[1] - 1, 0, 0]  # a slot behind the busy ones, and the last position
+        slot_N, write_N, positions_N, lane_M = tensors = [
+            torch.full((count,), value, dtype=torch.long, device=device) for value in fill
+        ]
+        at_B = torch.arange(count, device=device)
+        self.batch = _Batch(
+            engine, slot_N, write_N, positions_N, lane_M, at_B, [], rows=rows + 1, width=width, reach=reach
+        )  # fmt: skip
+        self.fill = [tensor.clone() for tensor in tensors]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self._step()
+
+    def _step(self) -> torch.Tensor:
+        self.batch.begin()
+        return self.engine._run(self.batch, self.ids_N)
+
+    def run(self, batch: _Batch, tokens: list[int]) -> torch.Tensor:
+        busy, mine = len(tokens), self.batch
+        self.ids_N[:busy] = torch.tensor(tokens, device=self.ids_N.device)
+        given = (batch.slot_N, batch.write_N, batch.positions_N, batch.lane_M)
+        statics = (mine.slot_N, mine.write_N, mine.positions_N, mine.lane_M)
+        for static, value, fill in zip(statics, given, self.fill, strict=True):
+            static.copy_(fill)
+            static[:busy] = value
+        self.graph.replay()
+        return self.logits
 
 
 def shared_trunks(prompts: list[np.ndarray]) -> list[np.ndarray]:
@@ -400,18 +537,6 @@ def shared_trunks(prompts: list[np.ndarray]) -> list[np.ndarray]:
         if continues and after[: len(prompt)] != prompt:
             trunks.append(np.asarray(prompt, np.int32))
     return trunks
-
-
-def _alike(items: list[Any], length: Callable[[Any], int]) -> Iterator[list[Any]]:
-    """Items of like length together, at most `PREFILL_TOKENS` a batch with padding."""
-    batch: list[Any] = []
-    for item in sorted(items, key=length):
-        if batch and (len(batch) + 1) * length(item) > PREFILL_TOKENS:
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch
 
 
 def _one_token(model) -> Any:
@@ -490,8 +615,6 @@ def why_not(model) -> str | None:
     """Why `Engine` cannot run a model, in a sentence; `None` if it can. Tries a few tokens against the model's own forward pass."""
     if not has_plain_cache(model):
         return "it keeps no plain keys and values of every token (a sliding window or a state space)"
-    if model.config._attn_implementation not in ("sdpa", "eager"):
-        return f"its attention ({model.config._attn_implementation}) takes no mask of slots"
     draw = np.random.default_rng(0)
     texts = [draw.integers(0, model.config.get_text_config().vocab_size, n) for n in (9, 6)]
     rows = [_Fixed(text[-3:]) for text in texts]
@@ -503,15 +626,16 @@ def why_not(model) -> str | None:
             row.finish = "stop" if len(row.ids) == 3 else None
 
     engine = Engine(model, take, max_new_tokens=3, batch_tokens=64, cache_tokens=64)
-    for text, row in zip(texts, rows, strict=True):
-        engine.add(Request(text[:-3], [row]))
     try:
+        for text, row in zip(texts, rows, strict=True):
+            engine.add(Request(text[:-3], [row]))
+            engine.step()  # the second joins the first
         while any(row.finish is None for row in rows):
             engine.step()
         with torch.inference_mode():
             plain = [model(torch.from_numpy(text)[None].to(model.device)).logits[0, -4:-1].float() for text in texts]
     except Exception as error:  # model code raises whatever it likes
-        return f"its code does not take slots ({type(error).__name__}: {error})"
+        return f"its code does not take our attention ({type(error).__name__}: {error})"
     apart = max(float((torch.stack(row.seen) - logits).abs().max()) for row, logits in zip(rows, plain, strict=True))
     scale = max(float(logits.abs().max()) for logits in plain)
     if apart > (1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1) * scale:

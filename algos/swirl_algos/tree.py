@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from swirl_agents.attention import attending, grouped
 from swirl_agents.engine import has_plain_cache
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 CHUNK_LOGITS = 1 << 25
 """Logits that are held at once: rows of a chunk x vocabulary."""
@@ -123,6 +124,12 @@ class Layout:
             length = len(tree_T)
             self._masks[key] = create_block_mask(sees, None, None, length, length, device=str(device))  # type: ignore[assignment]
         return self._masks[key]
+
+    def attend(self, module, query, key, value, scale: float | None) -> torch.Tensor:
+        if query.is_cuda:
+            flex = AttentionInterface()["flex_attention"]
+            return flex(module, query, key, value, self.block_mask(query.device), scaling=scale)[0]
+        return _attend(query, key, value, self, scale).transpose(1, 2)
 
 
 def _mask(seen: int, lengths: Sequence[int], like: torch.Tensor) -> torch.Tensor:
@@ -275,20 +282,6 @@ def _pack(ids, positions, layout, at, targets, numbers, device) -> Pack:
 # -- attention
 
 
-_NAME = "swirl_tree"
-_current: list[Layout | None] = [None]
-
-
-def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """What a layer calls: q float[1, H, T, D], k and v float[1, H_kv, T, D]; the layout comes in place of a mask."""
-    assert isinstance(attention_mask, Layout)
-    if query.is_cuda:
-        flex = AttentionInterface()["flex_attention"]
-        mask = attention_mask.block_mask(query.device)
-        return flex(module, query, key, value, mask, scaling=scaling, **kwargs)
-    return _attend(query, key, value, attention_mask, scaling).transpose(1, 2), None
-
-
 def _attend(query, key, value, layout: Layout, scale: float | None = None) -> torch.Tensor:
     """float[1, H, T, D]: each trunk causal, then each state's branches over the trunk up to it and themselves."""
     sizes: list[int] = []
@@ -304,36 +297,11 @@ def _attend(query, key, value, layout: Layout, scale: float | None = None) -> to
         parts = [x[i].split(segments, 2) for x in (keys, values)]
         for j, group in enumerate(groups, i + 1):
             seen = [torch.cat([*x[: group.segments], own[j]], 2) for x, own in zip(parts, (keys, values), strict=True)]
-            # heads that share keys become further queries of them: nothing is repeated in memory
-            one, heads, length, width = queries[j].shape
-            grouped = queries[j].reshape(one, heads // repeats, repeats * length, width)
-            done = attend(grouped, seen[0], seen[1], attn_mask=next(masks), scale=scale)
-            out.append(done.reshape(one, heads, length, width))
+            together = grouped(queries[j], key.shape[1])
+            done = attend(together, seen[0], seen[1], attn_mask=next(masks), scale=scale)
+            out.append(done.reshape(*queries[j].shape[:3], -1))
         i += 1 + len(groups)
     return torch.cat(out, 2)
-
-
-def _layout_mask(*args, **kwargs):
-    return _current[0]
-
-
-AttentionInterface.register(_NAME, _attention)
-AttentionMaskInterface.register(_NAME, _layout_mask)
-
-
-@contextmanager
-def _branching(model, layout: Layout | None) -> Iterator[None]:
-    """Within, the model's attention follows the layout; also when a checkpointed layer runs again in the backward pass."""
-    if layout is None:
-        yield
-        return
-    config = model.config.get_text_config()
-    before, config._attn_implementation = config._attn_implementation, _NAME
-    outer, _current[0] = _current[0], layout
-    try:
-        yield
-    finally:
-        config._attn_implementation, _current[0] = before, outer
 
 
 # -- log-probs and gradients
@@ -371,13 +339,13 @@ def backward(model, reference, pack: Pack, loss: Callable[[Terms], torch.Tensor]
             target = None if reference is None else _own_logits(reference, pack)
         loss(_terms(_own_logits(model, pack), target, pack, slice(None), temperature)).backward()
         return
-    with _branching(model, pack.layout):
+    with attending(model, pack.layout):
         hidden_ND = _hidden(model, pack)
         leaf_ND = hidden_ND.detach().requires_grad_()
         target_ND = None
         with (
             _frozen(model, reference),
-            nullcontext() if reference in (None, model) else _branching(reference, pack.layout),
+            nullcontext() if reference in (None, model) else attending(reference, pack.layout),
         ):
             if reference is not None:
                 target_ND = _hidden(reference, pack)
@@ -393,7 +361,7 @@ def logprobs(model, pack: Pack, temperature: float = 1.0) -> torch.Tensor:
     """float[N]: log pi of the action tokens, in nats."""
     if pack.layout is None:
         return _terms(_own_logits(model, pack), None, pack, slice(None), temperature).logprobs_n
-    with _branching(model, pack.layout):
+    with attending(model, pack.layout):
         hidden_ND = _hidden(model, pack)
     return torch.cat([
         _terms(_logits(model, hidden_ND[n]), None, pack, n, temperature).logprobs_n for n in _chunks(model, len(hidden_ND))
@@ -423,7 +391,9 @@ def _own_logits(model, pack: Pack) -> torch.Tensor:
 
 def _hidden(model, pack: Pack) -> torch.Tensor:
     """float[N, D]: what the output head reads to predict each action token."""
-    out = model.get_decoder()(input_ids=pack.ids_BT, position_ids=pack.positions_BT, use_cache=False)
+    out = model.get_decoder()(
+        input_ids=pack.ids_BT, attention_mask=torch.ones_like(pack.ids_BT), position_ids=pack.positions_BT, use_cache=False
+    )  # fmt: skip
     return out.last_hidden_state.flatten(0, 1)[pack.at_N]
 
 
