@@ -14,6 +14,7 @@ newcomers have static shapes and are captured as CUDA graphs. Models that keep o
 every token, or attend in ways of their own (`why_not`), are run by `Batches`: whole batches with their own cache.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -157,6 +158,8 @@ class Engine:
         self.model, self.sample = model, sample
         self.max_new_tokens, self.batch_tokens = max_new_tokens, batch_tokens
         self.store = PrefixStore(cache_tokens)
+        self.static = model.device.type == "cuda"
+        """Whether steps without newcomers take static shapes."""
         self._version: tuple[int, ...] = ()
         self._waiting: list[tuple[Request, int]] = []  # and the first of its rows that waits
         self._slots: list[_Slot] = []
@@ -164,7 +167,7 @@ class Engine:
             tuple[torch.Tensor, torch.Tensor]
         ] = []  # of each layer, keys and values [slots, H_kv, capacity, D]
         self._owners: Any = None  # int16[slots, capacity]: which of the slot's samples each position belongs to
-        self._graphs: dict[tuple[int, ...], _Graph] = {}
+        self._graphs: dict[tuple[int, ...], _Static] = {}
         self.prefilled = self.decoded = 0
         """Tokens so far."""
 
@@ -197,7 +200,7 @@ class Engine:
         if not busy and not pieces:
             return
         rows = [self._slots[place].rows[lane] for place, lane in busy]
-        if pieces or self.model.device.type != "cuda":
+        if pieces or not self.static:
             logits = self._forward(self._lay_out(busy, pieces), [row.ids[-1] for row in rows])
         else:
             logits = self._replay(busy, [row.ids[-1] for row in rows])
@@ -326,7 +329,7 @@ class Engine:
         reach = min(capacity, -(-batch.reach // STEP_POSITIONS) * STEP_POSITIONS)
         graph = self._graphs.get(key := (count, rows, width, reach))
         if graph is None:
-            graph = self._graphs[key] = _Graph(self, count, rows, width, reach)
+            graph = self._graphs[key] = _Static(self, count, rows, width, reach)
         return graph.run(batch, tokens)
 
     # -- leaving
@@ -480,8 +483,10 @@ def _rounded(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-class _Graph:
-    """A captured decoding step of static shapes."""
+class _Static:
+    """A decoding step of static shapes; on a GPU captured as a CUDA graph."""
+
+    logits: torch.Tensor
 
     def __init__(self, engine: Engine, count: int, rows: int, width: int, reach: int):
         device = engine.model.device
@@ -495,19 +500,23 @@ class _Graph:
             engine, slot_N, write_N, positions_N, lane_M, at_B, [], rows=rows + 1, width=width, reach=reach
         )  # fmt: skip
         self.fill = [tensor.clone() for tensor in tensors]
+        self.graph = self._captured() if device.type == "cuda" else None
+
+    def _captured(self) -> Any:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
                 self._step()
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self._step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        return graph
 
-    def _step(self) -> torch.Tensor:
+    def _step(self) -> None:
         self.batch.begin()
-        return self.engine._run(self.batch, self.ids_N)
+        self.logits = self.engine._run(self.batch, self.ids_N)
 
     def run(self, batch: _Batch, tokens: list[int]) -> torch.Tensor:
         busy, mine = len(tokens), self.batch
@@ -517,26 +526,25 @@ class _Graph:
         for static, value, fill in zip(statics, given, self.fill, strict=True):
             static.copy_(fill)
             static[:busy] = value
-        self.graph.replay()
+        self.graph.replay() if self.graph is not None else self._step()
         return self.logits
 
 
 def shared_trunks(prompts: list[np.ndarray]) -> list[np.ndarray]:
-    """What several states begin with, to be prefilled once: states that others continue, and the common beginning of all
-    (the instructions)."""
-    if len(prompts) < 2:
+    """What to prefill once for several states: the common beginning of all (the instructions), what is asked twice, and of
+    states that continue each other the longest."""
+    counts = Counter(tuple(prompt.tolist()) for prompt in prompts)
+    ordered = sorted(counts)  # what continues a state follows it
+    if not ordered:
         return []
-    ordered = sorted((prompt.tolist() for prompt in prompts), key=tuple)  # what continues a state follows it
     low, high = ordered[0], ordered[-1]
     common = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
-    trunks = [np.asarray(low[:common], np.int32)] if common >= MIN_SHARED else []
-    following = [*ordered[1:], []]
-    for i, (prompt, after) in enumerate(zip(ordered, following, strict=True)):
-        before = ordered[i - 1] if i else []
-        continues = bool(before) and len(prompt) > len(before) and prompt[: len(before)] == before
-        if continues and after[: len(prompt)] != prompt:
-            trunks.append(np.asarray(prompt, np.int32))
-    return trunks
+    trunks = [low[:common]] if common >= MIN_SHARED and len(ordered) > 1 else []
+    for before, prompt, after in zip([(), *ordered], ordered, [*ordered[1:], ()], strict=False):
+        continues = bool(before) and prompt[: len(before)] == before
+        if (continues or counts[prompt] > 1) and after[: len(prompt)] != prompt:
+            trunks.append(prompt)
+    return [np.asarray(trunk, np.int32) for trunk in trunks]
 
 
 def _one_token(model) -> Any:
