@@ -340,7 +340,9 @@ def test_other_episodes_go_on_while_a_tool_is_slow(tmp_path):
     from swirl_env.wrappers import AddTool
 
     def make_env():
-        return AddTool(gym.make("swirl/Tasks-v0", path=str(questions), tools=[], judge=None, max_steps=3), wait_for)
+        return AddTool(
+            gym.make("swirl/Tasks-v0", path=str(questions), tools=[], reward="outcome", max_steps=3), wait_for
+        )
 
     class Caller(LocalPolicy):
         """Writes the call of its own episode, whatever the model says."""
