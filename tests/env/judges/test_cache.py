@@ -15,6 +15,7 @@ import pytest
 from swirl_env.errors import DataError
 from swirl_env.judges import ask
 from swirl_env.judges.cache import Cached
+from swirl_env.judges.combine import Combine
 from swirl_env.testing import check_judge_contract
 from swirl_env.types import Action, StepView, Verdict
 
@@ -65,6 +66,23 @@ def test_another_judge_has_its_own(tmp_path):
     ask(Cached(Counting(), tmp_path / "v.db"), [view("a")])
     ask(Cached(other, tmp_path / "v.db"), [view("a")])
     assert other.asked == ["a"]
+
+
+def test_a_combination_is_known_by_all_that_its_models_depend_on(tmp_path):
+    class Model(Counting):
+        name = "model@1"
+
+        def __init__(self, address):
+            super().__init__()
+            self.address = address
+
+        def key(self, view):
+            return self.name, self.address, view.action.text
+
+    models = [Model(address) for address in ("http://a/v1", "http://b/v1", "http://a/v1")]
+    for model in models:
+        ask(Cached(Combine([Counting(), model], "min"), tmp_path / "v.db"), [view("a")])
+    assert [model.asked for model in models] == [["a"], ["a"], []]
 
 
 def test_no_database_is_told(tmp_path):
