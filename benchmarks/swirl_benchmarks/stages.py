@@ -17,8 +17,10 @@ from swirl_env.io import Writer, read
 from swirl_env.judges import ask, views
 from swirl_env.types import STRICT, Judge, Policy, Trajectory
 
+UNKNOWN_LIMIT = 0.2
+"""Share of unknown verdicts above which commands stop."""
 ENOUGH_STEPS = 50
-"""Judged steps from which on the share of unknown verdicts is held against its limit."""
+"""Judged steps from which on the share of unknown verdicts is held against its limit; at the end it is in any case."""
 MAX_THREADS = 64
 BATCH_STEPS = 64
 """Steps that a judge in this process is asked about at once."""
@@ -80,7 +82,7 @@ def judge(trajectories: Iterable[Trajectory], judge: Judge, path: Path, unknown_
         unknown_limit: share of unknown verdicts above which judging stops.
 
     Raises:
-        JudgeError: more than that is unknown. What was judged is kept.
+        JudgeError: more than that is unknown, after `ENOUGH_STEPS` or at the end. What was judged is kept.
     """
     trajectories = list(trajectories)
     found = {trajectory.key: trajectory for trajectory in read(path, Trajectory)}
@@ -93,8 +95,7 @@ def judge(trajectories: Iterable[Trajectory], judge: Judge, path: Path, unknown_
     if len(done) < len(found):
         rewrite(path, done.values())
     missing = [trajectory for trajectory in trajectories if trajectory.key not in done]
-    steps = unknown = 0
-    reason = ""
+    steps, unknown, reason = sum(len(t.steps) for t in trajectories if t.key in done), 0, ""
     try:
         with (
             Writer[Trajectory](path) as out,
@@ -110,11 +111,13 @@ def judge(trajectories: Iterable[Trajectory], judge: Judge, path: Path, unknown_
                 unknown += len(failures := _unknown(judged))
                 reason = failures[0].reason if failures else reason
                 if steps >= ENOUGH_STEPS and unknown > unknown_limit * steps:
-                    raise JudgeError(
-                        f"{unknown} of the first {steps} verdicts of {judge.name} are unknown, over the limit of "
-                        f"{unknown_limit:.0%}. The last reason: {reason}. What was judged is kept in {path}; mend the judge and "
-                        "give the same command again."
-                    )
+                    break
+        if unknown > unknown_limit * steps:
+            raise JudgeError(
+                f"{unknown} of {steps} verdicts of {judge.name} are unknown, over the limit of "
+                f"{unknown_limit:.0%}. The last reason: {reason}{'' if reason.endswith(('.', '?')) else '.'} What was judged is kept "
+                f"in {path}; mend the judge and give the same command again."
+            )
     finally:
         failures_file = "failures.jsonl" if path.stem == "judged" else f"{path.stem}.failures.jsonl"
         rewrite(path.with_name(failures_file), [failure for one in done.values() for failure in _unknown(one)])

@@ -9,6 +9,7 @@ import time
 
 import pytest
 from swirl_agents.testing import tiny_model, tiny_tokenizer
+from swirl_agents.testing_server import ChatServer
 
 from swirl_env.io import read
 from swirl_env.types import Trajectory
@@ -105,6 +106,30 @@ def test_bad_input_is_one_line_and_code_2(arguments, says, tmp_path):
     done = swirl(*arguments, code=2, cwd=tmp_path)
     assert says in " ".join((done.stderr + done.stdout).split())
     assert "Traceback" not in done.stderr
+
+
+def test_a_server_that_fails_is_no_outcome_of_zero(tmp_path):
+    command = ["eval", "swirl/GSM8K-v0", "--tasks", "4", "--json", tmp_path / "o.json", "--model"]
+    with ChatServer(faults=[None, None, *["close"] * 99]) as server:  # one for the check, one episode answers
+        model = json.dumps({"endpoint": server.url, "retries": 0})
+        failed = swirl(*command, model, code=2)
+    assert "3 of 4 episodes ended by an error" in failed.stderr
+    figures = json.loads((tmp_path / "o.json").read_text())
+    assert figures["stops"] == {"error": 3, "answered": 1}
+    assert figures["steps"]["mean"] == 1
+    with ChatServer(context=60) as server:  # no state fits
+        swirl(*command, f"endpoint:{server.url}", code=2)
+    assert json.loads((tmp_path / "o.json").read_text())["outcome"]["mean"] is None
+
+
+def test_a_server_that_refuses_a_field_can_be_asked_without_it():
+    command = ["eval", "swirl/GSM8K-v0", "--tasks", "1", "--model"]
+    with ChatServer(refuses=("seed",)) as server:
+        assert "Leave that field out" in swirl(*command, f"endpoint:{server.url}", code=2).stderr
+        swirl(*command, json.dumps({"endpoint": server.url, "extra": {"seed": None}}))
+        wrong = swirl(*command, json.dumps({"endpoint": server.url, "extr": {}}), code=2)
+        assert "Did you mean 'extra'" in wrong.stderr
+    assert "--model as JSON is like" in swirl(*command, "{}", code=2).stderr
 
 
 def test_a_folder_without_safetensors(tmp_path):
