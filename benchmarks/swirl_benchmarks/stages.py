@@ -1,7 +1,7 @@
 """The arrows between a run's files: generate, judge, filter. Each appends to its file and goes on where it stopped."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,7 @@ UNKNOWN_LIMIT = 0.2
 """Share of unknown verdicts above which commands stop."""
 ENOUGH_STEPS = 50
 """Judged steps from which on the share of unknown verdicts is held against its limit; at the end it is in any case."""
-MAX_THREADS = 64
+MAX_THREADS = 256
 BATCH_STEPS = 64
 """Steps that a judge in this process is asked about at once."""
 
@@ -77,7 +77,8 @@ def judge(trajectories: Iterable[Trajectory], judge: Judge, path: Path, unknown_
 
     Args:
         trajectories: recorded ones.
-        judge: a judge that says `concurrency` is asked about so many trajectories at once, in threads.
+        judge: a judge that says `concurrency` is asked about so many trajectories at once, in threads; they are written as they
+            come.
         path: where the judged trajectories are kept.
         unknown_limit: share of unknown verdicts above which judging stops.
 
@@ -125,20 +126,22 @@ def judge(trajectories: Iterable[Trajectory], judge: Judge, path: Path, unknown_
 
 
 def _judged(judge: Judge, trajectories: Sequence[Trajectory]) -> Iterator[Trajectory]:
-    """Each with its verdicts, in order: in batches, or in threads where the judge says how many it bears."""
-    groups = _groups(trajectories)
+    """Each with its verdicts: in batches, or as they come from threads where the judge says how many it bears (a step that is
+    retried for long holds up no other)."""
     threads = min(getattr(judge, "concurrency", 1), MAX_THREADS)
     if threads <= 1:
-        for group in groups:
+        for group in _groups(trajectories):
             yield from _with_verdicts(judge, group)
         return
     pool = ThreadPoolExecutor(threads, "swirl-judge")
-    waiting = ([trajectory] for trajectory in trajectories)
+    waiting = iter(trajectories)
     try:
-        running = [pool.submit(_with_verdicts, judge, group) for group in islice(waiting, 2 * threads)]
+        running = {pool.submit(_with_verdicts, judge, [one]) for one in islice(waiting, 2 * threads)}
         while running:
-            yield from running.pop(0).result()
-            running += [pool.submit(_with_verdicts, judge, group) for group in islice(waiting, 1)]
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            running |= {pool.submit(_with_verdicts, judge, [one]) for one in islice(waiting, len(done))}
+            for future in done:
+                yield from future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

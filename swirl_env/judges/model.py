@@ -69,8 +69,9 @@ class ModelJudge:
 
     @property
     def concurrency(self) -> int:
-        """How many threads may ask at once; 1 for a model in this process."""
-        return getattr(self.policy, "concurrency", 1)
+        """How many threads may ask at once; 1 for a model in this process. More than a server is sent at once (its client sees to
+        that), so that there is something to send while others wait out a pause."""
+        return 4 * getattr(self.policy, "concurrency", 0) or 1
 
     def key(self, view: StepView) -> tuple[Any, ...]:
         """All that a verdict depends on, for a cache."""
