@@ -50,6 +50,12 @@ class Cached:
         return [found.get(key) or new[key] for key in keys]
 
     @property
+    def hit_rate(self) -> float | None:
+        """Share of what was asked so far that was known; `None` before the first."""
+        asked = self.hits + self.misses
+        return self.hits / asked if asked else None
+
+    @property
     def concurrency(self) -> int:
         """How many threads may ask at once."""
         return getattr(self.judge, "concurrency", 1)

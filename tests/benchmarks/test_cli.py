@@ -210,6 +210,17 @@ def test_run_end_to_end_resumes_after_kill_and_refuses_another_config(tiny, tmp_
     assert "another config (seed: 0 there, 1 now)" in done.stderr
 
 
+def test_a_run_with_a_judge_behind_a_server_tells_how_often_the_cache_knew(tiny, tmp_path):
+    with ChatServer("fine\nGOOD") as server:
+        judge = json.dumps({"model": server.url, "cache": str(tmp_path / "v.db")})
+        swirl(*RUN, "--model", tiny, "--judge", judge, "--out", tmp_path / "run")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    # a random model writes no legal action, and a malformed one costs no call: only the check at the begin does
+    assert (results["verdicts"], len(server.bodies)) == ({"asked": 0, "cached": 0, "hit_rate": None}, 1)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {"hit_rate" in line for line in lines if line["stage"] == "swirl"} == {True}
+
+
 def test_run_stops_with_a_sentence_where_nothing_is_kept(tiny, tmp_path):
     out = tmp_path / "run"
     done = swirl(*RUN, "--model", tiny, "--filter", "outcome", "--out", out, code=2)

@@ -51,7 +51,8 @@ def test_asked_once(tmp_path):
     assert judge.asked == ["a", "bb", "why?"]  # once each, also within a batch
     assert ask(cached, [view("bb"), view("a"), view("why?")]) == [first[1], first[0], first[3]]
     assert judge.asked == ["a", "bb", "why?", "why?"]  # what is unknown is asked again
-    assert (cached.hits, cached.misses) == (3, 4)
+    assert (cached.hits, cached.misses, cached.hit_rate) == (3, 4, 3 / 7)
+    assert Cached(Counting(), tmp_path / "other.db").hit_rate is None
     ask(cached, [view("a", "Another question?")])
     assert judge.asked[-1] == "a"
     again = Cached(Counting(), cached.path)
