@@ -339,6 +339,11 @@ class ChatClient:
             assert outcome is not None
             taken = self._completions(outcome, part, tuple(requests[part.request].get("stop") or ()), read)
         except Failure as failure:
+            if part.n > 1 and not failure.passes and re.search(r"\bn\b", failure.reason):
+                with self._lock:
+                    self._usage._add(attempt)
+                self._most = 1  # this server takes no n: ask for each sample alone
+                return [(now, one) for one in self._split(part)]
             reason, tries = failure.reason, part.tries + 1
             again = failure.passes and part.tries < self.retries
             when = now + self._pause(failure, part.tries)
@@ -371,7 +376,7 @@ class ChatClient:
             raise Failure(f"{self.url} answered without choices: is it an OpenAI-compatible server?")
         if len(choices) < part.n:
             self._most = min(self._most or part.n, len(choices))
-        found, spent = [], False
+        found, spent, thought = [], False, False
         for choice in choices[: part.n]:
             message = choice.get("message") if isinstance(choice, dict) else None
             if not isinstance(message, dict):
@@ -383,9 +388,14 @@ class ChatClient:
                 found.append(Completion(*_ended(text, stop, choice), _alternatives(choice)))
             else:
                 spent |= reason == "length"
+                thought |= bool(message.get("reasoning_content") or message.get("reasoning"))
         if not found and spent:
             raise Failure(
                 f"{self.url} spent all {self.max_new_tokens} tokens without a reply: raise max_new_tokens.", "refused"
+            )
+        if not found and thought:
+            raise Failure(
+                f"{self.url} sent a thought (reasoning) and no reply after it. Turn the model's thinking off."
             )
         if not found:
             raise Failure(f"{self.url} answered with an empty reply. Does the model's chat template fit?")

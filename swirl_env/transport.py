@@ -30,6 +30,9 @@ _CONNECT_SECONDS = 10.0
 _QUEUED_SECONDS = 0.05
 _CUT = (requests.ConnectionError, requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError)
 
+_OPTIONAL = ("seed", "stop", "top_logprobs", "logprobs", "max_tokens", "temperature")
+"""Fields of a request that some servers refuse."""
+
 Kind = Literal["passing", "unreachable", "key", "url", "model", "context", "refused"]
 
 
@@ -301,10 +304,12 @@ class Transport:
             return Failure(f"{self.url} has no such model ({status}).{said}", "model")
         if status in (404, 405):
             return Failure(f"{self.url} has no chat completions ({status}). The address mostly ends in /v1.", "url")
-        return Failure(f"{self.url} refuses the request ({status}).{said}", "refused")
+        field = next((field for field in _OPTIONAL if re.search(rf"\b{field}\b", low)), None)
+        todo = f" Leave that field out with extra={{{field!r}: None}} (null in JSON)." if field else ""
+        return Failure(f"{self.url} refuses the request ({status}).{said}{todo}", "refused")
 
 
-_LOGIN = re.compile(r"(\w+://)[^/@\s\"']+@")
+_LOGIN = re.compile(r"(\w+://)(?:[^/?#\s\"\\]|\\[\"\\])+@")  # up to the last @ of the host's part; JSON's escapes whole
 
 
 def without_credentials(text: str) -> str:

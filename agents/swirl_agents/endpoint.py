@@ -49,8 +49,9 @@ def to_turns(messages: tuple[Message, ...]) -> list[dict[str, Any]]:
 
 
 def to_text(message: dict[str, Any]) -> str:
-    """A reply's text, with the reasoning that a server took out of it put back in front."""
-    content, reasoning = content_of(message), _reasoning(message)
+    """A reply's text, with the reasoning that a server took out of it put back in front. What is only thought of does not act:
+    each `<` of the reasoning is written `&lt;`, so that no tag in it ends or makes an action."""
+    content, reasoning = content_of(message), _reasoning(message).replace("<", "&lt;")
     return "\n".join(filter(None, (reasoning and f"<think>{reasoning}</think>", content)))
 
 

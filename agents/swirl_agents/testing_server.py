@@ -35,6 +35,7 @@ class ChatServer:
         most: choices in one reply at most (many servers give one, whatever `n` says).
         stops: whether it heeds stop strings.
         names_stop: whether it says which it met, as vLLM does.
+        refuses: fields of a request that it does not take.
         retry_after: what it sends with a 429.
         port: 0 for a free one.
         seed: of the faults.
@@ -44,10 +45,12 @@ class ChatServer:
         self, reply: str | Callable[[dict[str, Any]], str | dict[str, Any]] = "<answer>42</answer>", *,
         seconds: float = 0.0, faults: float | Iterable[str | None] = 0.0, models: tuple[str, ...] = ("test",),
         key: str | None = None, context: int = 100_000, most: int = 1_000, stops: bool = True, names_stop: bool = False,
+        refuses: tuple[str, ...] = (),
         retry_after: str = "1", port: int = 0, seed: int = 0,
     ):  # fmt: skip
         self.reply, self.seconds, self.models, self.key, self.context = reply, seconds, models, key, context
         self.most, self.stops, self.names_stop, self.retry_after = most, stops, names_stop, retry_after
+        self.refuses = refuses
         self._faults = _drawn(faults, Random(seed)) if isinstance(faults, float) else iter(faults)
         self._lock, self._closing = threading.Lock(), threading.Event()
         self.bodies: list[dict[str, Any]] = []
@@ -103,6 +106,8 @@ class ChatServer:
             return 400, "messages: a list of messages is needed."
         if body.get("model") not in self.models:
             return 404, f"The model `{body.get('model')}` does not exist."
+        if refused := [field for field in self.refuses if field in body]:
+            return 400, f"Unsupported parameter: '{refused[0]}' is not supported with this model."
         asked = _size(body) + (body.get("max_tokens") or 0)
         if asked > self.context:
             return 400, (

@@ -17,19 +17,19 @@ def _names(text: str, known: tuple[str, ...], flag: str) -> list[str]:
     return names
 
 
-def speed(*, only: str = "env,search", small: bool = False, json: str | None = None) -> None:
-    """What a step and a search cost, each beside its comparison in the same run.
+def speed(*, only: str = "env,search,judge", small: bool = False, json: str | None = None) -> None:
+    """What a step, a search and a verdict cost, each beside its comparison in the same run.
 
     Example: swirl bench speed --only env,search
 
     Args:
-        only: which of env and search, separated by commas.
+        only: which of env, search and judge, separated by commas.
         small: search 12,000 paragraphs only, and not a million too (that takes minutes).
         json: file for the figures.
     """
-    from swirl_benchmarks import speed_env, speed_search
+    from swirl_benchmarks import speed_env, speed_judge, speed_search
 
-    chosen = _names(only, ("env", "search"), "--only")
+    chosen = _names(only, ("env", "search", "judge"), "--only")
     evaluate.check_target(json)
     figures: dict = {}
     if "env" in chosen:
@@ -38,6 +38,9 @@ def speed(*, only: str = "env,search", small: bool = False, json: str | None = N
     if "search" in chosen:
         figures["search"] = speed_search.search_figures((12_000,) if small else (12_000, 1_000_000))
         speed_search.print_search(figures["search"], console())
+    if "judge" in chosen:
+        figures["judge"] = speed_judge.judge_figures()
+        speed_judge.print_judge(figures["judge"], console())
     if json:
         evaluate.write_json(json, figures)
 

@@ -52,7 +52,8 @@ def eval_(
 
     Args:
         env: environment id, such as swirl/HotPotQA-v0.
-        model: oracle, random, replay:FILE, endpoint:URL, endpoint:URL#MODEL, smollm2-135m, a folder or a hub name.
+        model: oracle, random, replay:FILE, endpoint:URL, endpoint:URL#MODEL, '{"endpoint": URL, ...}' (settings of a server's
+            client), smollm2-135m, a folder or a hub name.
         path: official file of tasks; none: the bundled test tasks.
         tasks: how many, drawn by the seed; none: all.
         samples: episodes a task.
@@ -97,16 +98,23 @@ def eval_(
     model = without_credentials(model)
     figures = evaluate.report(world, model, judged) | {"judge": judging.name, "seed": seed, "temperature": temperature}
     evaluate.print_table(f"{env}, mean [95 % interval]", {model: figures}, console())
-    if figures["unknown"]:
-        verdicts = [step.verdict for one in judged for step in one.steps if step.verdict and step.verdict.score is None]
-        print(f"{figures['unknown']} verdicts are unknown, such as: {verdicts[0].reason}", file=sys.stderr)
     if json:
         evaluate.write_json(json, figures)
+    verdicts = [step.verdict for one in judged for step in one.steps if step.verdict is not None]
+    if unknown := [verdict.reason for verdict in verdicts if verdict.score is None]:
+        print(f"{len(unknown)} verdicts are unknown, such as: {unknown[0]}", file=sys.stderr)
+    if failed := figures["stops"].get("error"):
+        raise SwirlError(
+            f"{failed} of {len(judged)} episodes ended by an error, told above; outcome and steps are of the others. Mend it and "
+            "give the command again."
+        )
+    if len(unknown) > stages.UNKNOWN_LIMIT * len(verdicts):
+        raise SwirlError(f"More than {stages.UNKNOWN_LIMIT:.0%} of the verdicts are unknown: mend the judge.")
 
 
 def judge(
     run: Annotated[Path, tyro.conf.Positional], /, *, judge: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
-    unknown_limit: float = 1.0, json: str | None = None,
+    unknown_limit: float = 0.2, json: str | None = None,
 ) -> None:  # fmt: skip
     """Judge a recorded run again, without acting again; with two judges, compare them.
 
@@ -249,7 +257,9 @@ def main() -> None:
         print(f"swirl: this needs {error.name}: pip install -e '.[train]' in the project's folder.", file=sys.stderr)
         sys.exit(2)
     except (SwirlError, OSError) as error:
-        print(f"swirl: {error}", file=sys.stderr)
+        from swirl_env.transport import without_credentials
+
+        print(f"swirl: {without_credentials(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         again = " What was written is kept; the same command goes on from there." if sys.argv[1:2] == ["run"] else ""

@@ -62,13 +62,21 @@ def read_kwargs(text: str, flags: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def make_policy(name: str, env: gym.Env, *, temperature: float, max_new_tokens: int, seed: int) -> Policy:
-    """`oracle`, `random`, `replay:FILE`, `endpoint:URL` or `endpoint:URL#MODEL`, or a model's name or folder."""
+    """`oracle`, `random`, `replay:FILE`, `endpoint:URL` or `endpoint:URL#MODEL`, `{"endpoint": URL, ...}` with settings of
+    `ChatClient`, or a model's name or folder."""
     base = env.unwrapped
     assert isinstance(base, ToolEnv)
     if name.partition(":")[0] in SCRIPTED:
         return make_scripted(name, base)
-    if name.startswith(PREFIX):
-        client = make_endpoint(name, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+    if name.startswith((PREFIX, "{")):
+        settings = {"endpoint": name} if name.startswith(PREFIX) else _endpoint_settings(name)
+        common = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
+        try:
+            client = make_endpoint(settings.pop("endpoint"), **common | settings)
+        except TypeError as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"--model has a setting of a wrong type: {error}.") from error
         client.check()
         return EndpointPolicy(client, base.grammar)
     from swirl_agents.local import LocalPolicy
@@ -76,6 +84,16 @@ def make_policy(name: str, env: gym.Env, *, temperature: float, max_new_tokens: 
 
     model, tokenizer = load_model(name)
     return LocalPolicy(model, tokenizer, name=name, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+
+
+def _endpoint_settings(text: str) -> dict[str, Any]:
+    try:
+        settings = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--model begins like JSON, but is not JSON: {error}.") from None
+    if not isinstance(settings.get("endpoint"), str):
+        raise ConfigError('--model as JSON is like {"endpoint": "http://127.0.0.1:8000/v1", "extra": {"seed": null}}.')
+    return settings
 
 
 def choose(task_ids: list[str], n: int | None, seed: int) -> list[str]:

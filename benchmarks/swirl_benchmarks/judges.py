@@ -139,6 +139,8 @@ class Judged:
     """A view, wall clock."""
     tokens: float
     """A view."""
+    why: str | None
+    """The reason of the first unknown verdict; `None` if all are known."""
 
 
 def judge_all(judge: Judge, samples: Sequence[Sample], batch: int = 64) -> Judged:
@@ -150,8 +152,9 @@ def judge_all(judge: Judge, samples: Sequence[Sample], batch: int = 64) -> Judge
     good = iter([verdict.good for verdict in verdicts])
     n = max(1, len(every))
     return Judged(
-        [[next(good) for _ in sample.views] for sample in samples], seconds / n, sum(v.tokens for v in verdicts) / n
-    )
+        [[next(good) for _ in sample.views] for sample in samples], seconds / n, sum(v.tokens for v in verdicts) / n,
+        next((v.reason for v in verdicts if v.score is None), None),
+    )  # fmt: skip
 
 
 def first_bad(good: Sequence[bool | None]) -> int | None:
@@ -328,7 +331,7 @@ def bench_judges(judges: Mapping[str, Judge], limit: int | None = None) -> dict[
 
     Returns:
         JSON: for each set `samples`, `views`, and `judges`: name -> figures {mean, low, high}, `unknown`, `seconds` and `tokens` a
-        view; for the rules in folds also `chosen` (checks of each fold) and `alone` (counts with one check only).
+        view, and `why` the first unknown one is; for the rules in folds also `chosen` (checks of each fold) and `alone` (counts with one check only).
     """
     report: dict[str, Any] = {}
     sets: list[tuple[str, list[Sample], Any, Any, Any, Sequence[str], bool]] = [
@@ -346,7 +349,7 @@ def bench_judges(judges: Mapping[str, Judge], limit: int | None = None) -> dict[
         for label, judge in judges.items():
             judged = judge_all(judge, samples)
             rows[label] = estimates(samples, count(samples, judged.good), figures)
-            rows[label] |= {"judge": judge.name, "seconds": judged.seconds, "tokens": judged.tokens}
+            rows[label] |= {"judge": judge.name, "seconds": judged.seconds, "tokens": judged.tokens, "why": judged.why}
         base, flagged = _flags(samples, checks, written)
         pooled, chosen = in_folds(samples, base, flagged, value)
         title = f"{'rules-written' if written else 'rules'}, three folds"
@@ -380,6 +383,9 @@ def print_judges(report: Mapping[str, Any], console: Console) -> None:
             cost = [f"{row['seconds'] * 1e3:.3g}", f"{row['tokens']:.0f}"] if "seconds" in row else ["", ""]
             table.add_row(judge, *cells, str(row["unknown"]), *cost)
         console.print(table)
+        for judge, row in part["judges"].items():
+            if row.get("why"):
+                console.print(f"{judge}: unknown, such as: {row['why']}", markup=False)
 
 
 def _cell(estimate: Mapping[str, float | None]) -> str:

@@ -120,7 +120,8 @@ def summary(
 
     Returns:
         `n` (questions), `trajectories`; as {mean, low, high}: `outcome`, `process` (mean score within a trajectory, then across), `malformed` (share
-        of actions), `tool_errors` (share of calls), `steps`, and `metrics`; `stops` (counts), `unknown` (verdicts).
+        of actions), `tool_errors` (share of calls), `steps`, and `metrics`; `stops` (counts), `unknown` (verdicts). An episode that
+        an error ended (`stop="error"`) says nothing of the policy: it is counted, and left out of outcome, metrics and steps.
     """
     questions: dict[str, list[Trajectory]] = {}
     for trajectory in trajectories:
@@ -137,8 +138,10 @@ def summary(
     def mean(value: Value) -> Estimate:
         return _mean(list(_by_question(trajectories, value).values()))
 
+    ended = [trajectory for trajectory in trajectories if trajectory.stop != "error"]
+
     def official(value: Value) -> Estimate:
-        known = _by_question(trajectories, value)
+        known = _by_question(ended, value)
         strata = None if macro is None else [questions[task_id][0].task.meta.get(macro) for task_id in known]
         return _mean(list(known.values()), strata)
 
@@ -147,7 +150,7 @@ def summary(
         "process": mean(process_score),
         "malformed": share(malformed, actions),
         "tool_errors": share(errors, calls),
-        "steps": bootstrap(list(_by_question(trajectories, lambda t: float(len(t.steps))).values())),
+        "steps": bootstrap(list(_by_question(ended, lambda t: float(len(t.steps))).values())),
     }
     named = {id(trajectory): metrics(trajectory) for trajectory in trajectories}
     names = list(next(iter(named.values()), {}))

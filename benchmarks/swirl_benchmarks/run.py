@@ -27,8 +27,9 @@ from swirl_benchmarks.metrics import paired_difference, process_score
 from swirl_env.env import ToolEnv
 from swirl_env.errors import ConfigError, UnknownNameError, near
 from swirl_env.io import Writer
+from swirl_env.judges.cache import Cached
 from swirl_env.transport import without_credentials
-from swirl_env.types import Trajectory
+from swirl_env.types import Judge, Trajectory
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,10 @@ def run(config: RunConfig, folder: Path, console: Console, command: str = "") ->
         from swirl_algos import swirl
 
         (folder / "candidates.jsonl").unlink(missing_ok=True)
-        with _Log(folder, "swirl", "train") as log, Writer[swirl.Candidate](folder / "candidates.jsonl") as candidates:
+        with (
+            _Log(folder, "swirl", "train", judge) as log,
+            Writer[swirl.Candidate](folder / "candidates.jsonl") as candidates,
+        ):
             swirl.train(
                 model.model, model.tokenizer, kept.kept, judge, train_env.grammar, config.swirl, seed=config.seed, log=log,
                 record=candidates.write,
@@ -158,6 +162,8 @@ def run(config: RunConfig, folder: Path, console: Console, command: str = "") ->
     model.use(folder / "swirl")
     measure("swirl")
     results = {"command": command, **_results(config, test(), evaluations, kept, time.monotonic() - started)}
+    if isinstance(judge, Cached):
+        results["verdicts"] = {"asked": judge.misses, "cached": judge.hits, "hit_rate": judge.hit_rate}
     evaluate.write_json(folder / "results.json", results)
     show(results, console)
     return results
@@ -313,8 +319,8 @@ class _Model:
 class _Log:
     """Appends metrics to `metrics.jsonl` and moves a progress bar."""
 
-    def __init__(self, folder: Path, stage: str, name: str):
-        self.stage, self.name = stage, name
+    def __init__(self, folder: Path, stage: str, name: str, judge: Judge | None = None):
+        self.stage, self.name, self.judge = stage, name, judge
         path = folder / "metrics.jsonl"
         if path.exists():  # a stage that was stopped begins anew: cut back to the checkpoint it starts from
             with path.open(encoding="utf-8") as file:
@@ -330,7 +336,8 @@ class _Log:
         shown = {key: f"{metrics[key]:.3f}" for key in ("loss", "score", "kl") if metrics.get(key) is not None}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
-        self._out.write({"stage": self.stage, **metrics})
+        cache = {"hit_rate": self.judge.hit_rate} if isinstance(self.judge, Cached) else {}
+        self._out.write({"stage": self.stage, **metrics, **cache})
 
     def __enter__(self) -> "_Log":
         return self

@@ -1,7 +1,7 @@
 """The arrows between a run's files: generate, judge, filter. Each appends to its file and goes on where it stopped."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -17,9 +17,11 @@ from swirl_env.io import Writer, read
 from swirl_env.judges import ask, views
 from swirl_env.types import STRICT, Judge, Policy, Trajectory
 
+UNKNOWN_LIMIT = 0.2
+"""Share of unknown verdicts above which commands stop."""
 ENOUGH_STEPS = 50
-"""Judged steps from which on the share of unknown verdicts is held against its limit."""
-MAX_THREADS = 64
+"""Judged steps from which on the share of unknown verdicts is held against its limit; at the end it is in any case."""
+MAX_THREADS = 256
 BATCH_STEPS = 64
 """Steps that a judge in this process is asked about at once."""
 
@@ -75,12 +77,13 @@ def judge(trajectories: Iterable[Trajectory], judge: Judge, path: Path, unknown_
 
     Args:
         trajectories: recorded ones.
-        judge: a judge that says `concurrency` is asked about so many trajectories at once, in threads.
+        judge: a judge that says `concurrency` is asked about so many trajectories at once, in threads; they are written as they
+            come.
         path: where the judged trajectories are kept.
         unknown_limit: share of unknown verdicts above which judging stops.
 
     Raises:
-        JudgeError: more than that is unknown. What was judged is kept.
+        JudgeError: more than that is unknown, after `ENOUGH_STEPS` or at the end. What was judged is kept.
     """
     trajectories = list(trajectories)
     found = {trajectory.key: trajectory for trajectory in read(path, Trajectory)}
@@ -93,8 +96,7 @@ def judge(trajectories: Iterable[Trajectory], judge: Judge, path: Path, unknown_
     if len(done) < len(found):
         rewrite(path, done.values())
     missing = [trajectory for trajectory in trajectories if trajectory.key not in done]
-    steps = unknown = 0
-    reason = ""
+    steps, unknown, reason = sum(len(t.steps) for t in trajectories if t.key in done), 0, ""
     try:
         with (
             Writer[Trajectory](path) as out,
@@ -110,11 +112,13 @@ def judge(trajectories: Iterable[Trajectory], judge: Judge, path: Path, unknown_
                 unknown += len(failures := _unknown(judged))
                 reason = failures[0].reason if failures else reason
                 if steps >= ENOUGH_STEPS and unknown > unknown_limit * steps:
-                    raise JudgeError(
-                        f"{unknown} of the first {steps} verdicts of {judge.name} are unknown, over the limit of "
-                        f"{unknown_limit:.0%}. The last reason: {reason}. What was judged is kept in {path}; mend the judge and "
-                        "give the same command again."
-                    )
+                    break
+        if unknown > unknown_limit * steps:
+            raise JudgeError(
+                f"{unknown} of {steps} verdicts of {judge.name} are unknown, over the limit of "
+                f"{unknown_limit:.0%}. The last reason: {reason}{'' if reason.endswith(('.', '?')) else '.'} What was judged is kept "
+                f"in {path}; mend the judge and give the same command again."
+            )
     finally:
         failures_file = "failures.jsonl" if path.stem == "judged" else f"{path.stem}.failures.jsonl"
         rewrite(path.with_name(failures_file), [failure for one in done.values() for failure in _unknown(one)])
@@ -122,20 +126,22 @@ def judge(trajectories: Iterable[Trajectory], judge: Judge, path: Path, unknown_
 
 
 def _judged(judge: Judge, trajectories: Sequence[Trajectory]) -> Iterator[Trajectory]:
-    """Each with its verdicts, in order: in batches, or in threads where the judge says how many it bears."""
-    groups = _groups(trajectories)
+    """Each with its verdicts: in batches, or as they come from threads where the judge says how many it bears (a step that is
+    retried for long holds up no other)."""
     threads = min(getattr(judge, "concurrency", 1), MAX_THREADS)
     if threads <= 1:
-        for group in groups:
+        for group in _groups(trajectories):
             yield from _with_verdicts(judge, group)
         return
     pool = ThreadPoolExecutor(threads, "swirl-judge")
-    waiting = ([trajectory] for trajectory in trajectories)
+    waiting = iter(trajectories)
     try:
-        running = [pool.submit(_with_verdicts, judge, group) for group in islice(waiting, 2 * threads)]
+        running = {pool.submit(_with_verdicts, judge, [one]) for one in islice(waiting, 2 * threads)}
         while running:
-            yield from running.pop(0).result()
-            running += [pool.submit(_with_verdicts, judge, group) for group in islice(waiting, 1)]
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            running |= {pool.submit(_with_verdicts, judge, [one]) for one in islice(waiting, len(done))}
+            for future in done:
+                yield from future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -5,6 +5,7 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
+from swirl_env import io
 from swirl_env.types import Judge, StepView, Trajectory, Verdict
 
 
@@ -58,6 +59,11 @@ def _unknown(verdict: Any, name: str) -> Verdict:
         stacklevel=3,
     )
     return Verdict(None, f"expected a Verdict with a score in [0, 1] or None, got {verdict!r}"[:300], name)
+
+
+def key_of(judge: Judge, view: StepView) -> tuple[Any, ...]:
+    """All that a judge's verdict depends on, for a cache: what the judge says it is, else its name and the whole view."""
+    return judge.key(view) if hasattr(judge, "key") else (judge.name, io.dumps(view))
 
 
 def views(trajectory: Trajectory) -> list[StepView]:

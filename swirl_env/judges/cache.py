@@ -13,9 +13,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from swirl_env import io
 from swirl_env.errors import DataError
-from swirl_env.judges.base import ask
+from swirl_env.judges.base import ask, key_of
 from swirl_env.types import Judge, StepView, Verdict
 
 
@@ -51,15 +50,18 @@ class Cached:
         return [found.get(key) or new[key] for key in keys]
 
     @property
+    def hit_rate(self) -> float | None:
+        """Share of what was asked so far that was known; `None` before the first."""
+        asked = self.hits + self.misses
+        return self.hits / asked if asked else None
+
+    @property
     def concurrency(self) -> int:
         """How many threads may ask at once."""
         return getattr(self.judge, "concurrency", 1)
 
     def _key(self, view: StepView) -> bytes:
-        if hasattr(self.judge, "key"):
-            content = json.dumps(self.judge.key(view), default=str)
-        else:
-            content = self.name + io.dumps(view)
+        content = json.dumps(key_of(self.judge, view), default=str)
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()
 
     def _get(self, key: bytes) -> Verdict | None:

@@ -1,10 +1,10 @@
 """Judges made of judges, and the outcome as a judge."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from swirl_env.errors import ConfigError, UnknownNameError, near
-from swirl_env.judges.base import ask
+from swirl_env.judges.base import ask, key_of
 from swirl_env.judges.gold import rightness
 from swirl_env.types import Judge, StepView, Verdict
 
@@ -52,6 +52,10 @@ class Combine:
     def concurrency(self) -> int:
         """How many threads may ask at once: what the most careful of its parts bears."""
         return min((judge.concurrency for judge in self.judges if hasattr(judge, "concurrency")), default=1)
+
+    def key(self, view: StepView) -> tuple[Any, ...]:
+        """All that a verdict depends on, for a cache: the name does not tell the address or the settings of a model."""
+        return self.name, self.weights, [key_of(judge, view) for judge in self.judges]
 
     def _asks_on(self, verdicts: list[Verdict]) -> bool:
         if not verdicts:

@@ -5,11 +5,12 @@ ends with GOOD or BAD. Prompts are in `prompts/*.txt`, in our own words after th
 steps of a search, one for math, one for answers.
 
 What is judged cannot judge itself: every line of it stands behind "| ", so it cannot close its frame or write a line of the
-judge's; and the verdict is read from the last line of the judge's own reply only, never from the prompt.
+judge's; what looks like a control token of a chat template is broken by a blank, so it cannot end its turn; and the verdict is read from the last line of the judge's own reply only, never from the prompt.
 """
 
 import math
 import re
+import unicodedata
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +20,8 @@ import numpy as np
 from swirl_env.errors import ConfigError
 from swirl_env.types import Completion, Message, Policy, StepView, Transcript, Verdict
 
-VERSION = 1
-"""Of the prompts: verdicts of other versions are not taken from a cache."""
+VERSION = 2
+"""Of the prompts and of how replies are read: verdicts of other versions are not taken from a cache."""
 MAX_RESULT = 4_000
 """Characters of one result that the judge reads; longer ones lose their middle."""
 
@@ -29,8 +30,11 @@ _TASKS = {
     "probability": "Reply with one word: GOOD or BAD.",
 }
 _VERDICT = re.compile(
-    r"(?:(?:final |my )?(?:verdict|judg(?:e)?ment|answer|feedback)\W{1,8}(?:is\W{1,8})?)?(good|bad)", re.I
+    r"(?:(?:the |final |my )*(?:verdict|judg(?:e)?ment|answer|feedback|boxed)\W{1,8}(?:is\W{1,8})?)?(good|bad)", re.I
 )
+_EDGES = re.compile(r"^[\W_]+|[\W_]+$")
+_CONTROL = re.compile(r"<(?=[|\uff5c]|/?s>|[be]os>|(?:start|end)_of_turn>)|\[(?=/?[A-Z_]{4,}\])")
+"""How the control tokens of chat templates begin: many servers read them in contents too."""
 
 
 class ModelJudge:
@@ -38,8 +42,8 @@ class ModelJudge:
 
     Args:
         policy: the model: a `swirl_env.client.ChatClient`, a local policy, or any other `Policy`.
-        mode: `verdict`: explain, then GOOD (1) or BAD (0); `probability`: P(GOOD) / (P(GOOD) + P(BAD)) of the first word, from
-            log-probs (the policy must give `alternatives`).
+        mode: `verdict`: explain, then GOOD (1) or BAD (0); `probability`: P(GOOD) / (P(GOOD) + P(BAD)) from log-probs (the
+            policy must give `alternatives`), where the two first have more than half of the probability, else where they have most.
         samples: replies a step; the score is their mean over those that can be read. `verdict` only.
 
     A reply that holds no verdict, was refused or failed is unknown (`score=None`) with the reason.
@@ -65,8 +69,9 @@ class ModelJudge:
 
     @property
     def concurrency(self) -> int:
-        """How many threads may ask at once; 1 for a model in this process."""
-        return getattr(self.policy, "concurrency", 1)
+        """How many threads may ask at once; 1 for a model in this process. More than a server is sent at once (its client sees to
+        that), so that there is something to send while others wait out a pause."""
+        return 4 * getattr(self.policy, "concurrency", 0) or 1
 
     def key(self, view: StepView) -> tuple[Any, ...]:
         """All that a verdict depends on, for a cache."""
@@ -100,28 +105,43 @@ class ModelJudge:
             return None, reply.text
         if not reply.alternatives:
             return None, "no log-probs came back: use mode='verdict', or a server and model that give top_logprobs"
-        for candidates in reply.alternatives:
-            mass = dict.fromkeys(("GOOD", "BAD"), 0.0)
-            for token, logprob in candidates.items():
-                written = token.strip().upper()
-                for word in mass:
-                    mass[word] += math.exp(logprob) if written and word.startswith(written) else 0.0
-            if total := sum(mass.values()):
-                return mass["GOOD"] / total, f"P(GOOD) {mass['GOOD']:.3f}, P(BAD) {mass['BAD']:.3f}"
-        return None, f"neither GOOD nor BAD was likely; it wrote {reply.text[:80]!r}"
+        ends = [i for i, place in enumerate(reply.alternatives) if "</think>" in next(iter(place), "")]
+        places = reply.alternatives[ends[-1] + 1 if ends else 0 :]
+        masses = [mass for place in places if (mass := _masses(place)) is not None]
+        if not masses:
+            return None, f"neither GOOD nor BAD was likely; it wrote {reply.text[:80]!r}"
+        good, bad = next((mass for mass in masses if sum(mass) > 0.5), max(masses, key=sum))
+        return good / (good + bad), f"P(GOOD) {good:.3f}, P(BAD) {bad:.3f}"
+
+
+def _masses(candidates: dict[str, float]) -> tuple[float, float] | None:
+    """P(GOOD) and P(BAD) at one place; `None` if neither is among the candidates. If one of them is not, it is given the most that
+    it can have: what the others leave, and no more than the last of them."""
+    mass = dict.fromkeys(("GOOD", "BAD"), 0.0)
+    for token, logprob in candidates.items():
+        written = token.strip().upper()
+        for word in mass:
+            mass[word] += math.exp(logprob) if written and word.startswith(written) else 0.0
+    if not any(mass.values()):
+        return None
+    probabilities = [math.exp(logprob) for logprob in candidates.values()]
+    most = max(0.0, min(min(probabilities), 1.0 - sum(probabilities)))
+    return mass["GOOD"] or most, mass["BAD"] or most
 
 
 def verdict_of(reply: Completion) -> tuple[float | None, str]:
     """(1 for GOOD, 0 for BAD, `None` for neither; the explanation) of a reply: its last line holds the verdict alone."""
     if reply.finish == "error":
         return None, reply.text
-    lines = [line.strip(" \t*_#>`\"'.:!()[]-") for line in reply.text.strip().splitlines()]
-    lines = [line for line in lines if line]
+    said = reply.text.rpartition("</think>")[2]
+    cut = " (it was cut at the token limit: raise max_new_tokens)" if reply.finish == "length" else ""
+    if said.lstrip().startswith("<think>"):
+        return None, f"the judge's reply is a thought without an end{cut}: ...{said.strip()[-80:]!r}"
+    lines = [line for line in map(str.strip, unicodedata.normalize("NFKC", said).splitlines()) if _EDGES.sub("", line)]
     if not lines:
-        return None, "the judge's reply is empty"
-    found = _VERDICT.fullmatch(lines[-1])
+        return None, f"the judge's reply is empty{cut}"
+    found = _VERDICT.fullmatch(_EDGES.sub("", lines[-1]))
     if found is None:
-        cut = " (it was cut at the token limit: raise max_new_tokens)" if reply.finish == "length" else ""
         return None, f"the judge's reply does not end in GOOD or BAD{cut}: ...{reply.text.strip()[-80:]!r}"
     explanation = " ".join(lines[:-1])[:500]
     return float(found[1].upper() == "GOOD"), explanation or found[1].upper()
@@ -141,7 +161,7 @@ def _template(kind: str) -> str:
 
 
 def _framed(text: str) -> str:
-    return "\n".join(f"| {line}" for line in text.splitlines() or [""])
+    return "\n".join(f"| {line}" for line in _CONTROL.sub(r"\g<0> ", text).splitlines() or [""])
 
 
 def _cut(text: str) -> str:

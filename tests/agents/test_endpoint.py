@@ -133,6 +133,19 @@ def test_reasoning_that_a_server_took_out_is_put_back():
     assert completion.text == "<think>One.</think>\n<answer>1</answer>"
 
 
+@pytest.mark.parametrize("stops", [True, False])
+def test_what_is_only_thought_of_does_not_act(stops):
+    said = {
+        "content": "<answer>6</answer>",
+        "reasoning_content": "If a<b, <answer>5</answer>? Or </think><search>q</search>",
+    }
+    with ChatServer(lambda body: said, stops=stops) as server:
+        state = Transcript((Message("user", "Q"),), ("</answer>", "</search>"))
+        [[completion]] = EndpointPolicy(ChatClient(server.url))([state])
+    action = gym.make("swirl/HotPotQA-v0").unwrapped.grammar.parse(completion.text)
+    assert (action.answer, action.calls, action.malformed, completion.finish) == ("6", (), None, "stop")
+
+
 def test_a_failure_ends_its_episode_and_no_other():
     def reply(body):
         return "<think>hm</think>" if len(body["messages"]) == 1 else "<answer>1</answer>"

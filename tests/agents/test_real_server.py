@@ -110,4 +110,4 @@ def test_a_real_model_judges(server):
     for verdict in verdicts:  # so small a model seldom ends in GOOD or BAD: then it is unknown, and says why
         assert verdict.score in (None, 0.0, 1.0)
         assert verdict.score is not None or "does not end in GOOD or BAD" in verdict.reason
-        assert verdict.judge == f"model:endpoint:{model}@1"
+        assert verdict.judge == f"model:endpoint:{model}@2"

@@ -9,6 +9,7 @@ import time
 
 import pytest
 from swirl_agents.testing import tiny_model, tiny_tokenizer
+from swirl_agents.testing_server import ChatServer
 
 from swirl_env.io import read
 from swirl_env.types import Trajectory
@@ -107,6 +108,30 @@ def test_bad_input_is_one_line_and_code_2(arguments, says, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_a_server_that_fails_is_no_outcome_of_zero(tmp_path):
+    command = ["eval", "swirl/GSM8K-v0", "--tasks", "4", "--json", tmp_path / "o.json", "--model"]
+    with ChatServer(faults=[None, None, *["close"] * 99]) as server:  # one for the check, one episode answers
+        model = json.dumps({"endpoint": server.url, "retries": 0})
+        failed = swirl(*command, model, code=2)
+    assert "3 of 4 episodes ended by an error" in failed.stderr
+    figures = json.loads((tmp_path / "o.json").read_text())
+    assert figures["stops"] == {"error": 3, "answered": 1}
+    assert figures["steps"]["mean"] == 1
+    with ChatServer(context=60) as server:  # no state fits
+        swirl(*command, f"endpoint:{server.url}", code=2)
+    assert json.loads((tmp_path / "o.json").read_text())["outcome"]["mean"] is None
+
+
+def test_a_server_that_refuses_a_field_can_be_asked_without_it():
+    command = ["eval", "swirl/GSM8K-v0", "--tasks", "1", "--model"]
+    with ChatServer(refuses=("seed",)) as server:
+        assert "Leave that field out" in swirl(*command, f"endpoint:{server.url}", code=2).stderr
+        swirl(*command, json.dumps({"endpoint": server.url, "extra": {"seed": None}}))
+        wrong = swirl(*command, json.dumps({"endpoint": server.url, "extr": {}}), code=2)
+        assert "Did you mean 'extra'" in wrong.stderr
+    assert "--model as JSON is like" in swirl(*command, "{}", code=2).stderr
+
+
 def test_a_folder_without_safetensors(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     done = swirl("eval", "swirl/GSM8K-v0", "--model", tmp_path, code=2)
@@ -183,6 +208,17 @@ def test_run_end_to_end_resumes_after_kill_and_refuses_another_config(tiny, tmp_
 
     done = swirl(*RUN, "--model", tiny, "--out", whole, "--seed", 1, code=2)
     assert "another config (seed: 0 there, 1 now)" in done.stderr
+
+
+def test_a_run_with_a_judge_behind_a_server_tells_how_often_the_cache_knew(tiny, tmp_path):
+    with ChatServer("fine\nGOOD") as server:
+        judge = json.dumps({"model": server.url, "cache": str(tmp_path / "v.db")})
+        swirl(*RUN, "--model", tiny, "--judge", judge, "--out", tmp_path / "run")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    # a random model writes no legal action, and a malformed one costs no call: only the check at the begin does
+    assert (results["verdicts"], len(server.bodies)) == ({"asked": 0, "cached": 0, "hit_rate": None}, 1)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {"hit_rate" in line for line in lines if line["stage"] == "swirl"} == {True}
 
 
 def test_run_stops_with_a_sentence_where_nothing_is_kept(tiny, tmp_path):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from swirl_benchmarks import judges as suite
 from swirl_benchmarks.judges import (
     AGENT_FIGURES,
@@ -18,6 +19,7 @@ from swirl_benchmarks.judges import (
     in_folds,
     to_action,
 )
+from swirl_benchmarks.speed_judge import judge_figures, print_judge
 
 from swirl_env.judges import RulesJudge
 from swirl_env.types import Action, StepView, Verdict
@@ -148,3 +150,17 @@ def test_the_rules_reach_what_is_promised():
     assert written["f1"]["mean"] >= 0.20
     assert written["passed"]["mean"] >= 0.95
     assert report["agentprocessbench_hotpotqa"]["judges"]["rules, three folds"]["balanced"]["mean"] >= 0.55
+
+
+def test_what_a_verdict_costs_is_measured_and_no_step_is_lost():
+    figures = judge_figures(steps=60, rounds=1, fast=0.01, slow=0.1)
+    faults = figures["faults"]
+    assert faults["steps"] >= 60
+    assert (faults["unknown"], faults["second_run_calls"]) == (0, 0)
+    assert sum(faults["met"].values()) > 0
+    console = Console(record=True, width=160)
+    print_judge(figures, console)
+    assert "made 0 calls" in console.export_text()
+    slow = figures | {"faults": faults | {"ratio": 9.0}}
+    print_judge(slow, console)
+    assert "times slower (over)" in console.export_text()

@@ -1,5 +1,7 @@
 """Intervals against closed forms, and paired differences by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -68,6 +70,14 @@ def test_summary_by_hand():
     assert figures["unknown"] == 1
     assert figures["metrics"]["em"]["mean"] == 0.5
     assert process_score(trajectory("c", [None])) is None
+
+
+def test_an_episode_that_an_error_ended_says_nothing_of_the_policy():
+    lost = replace(trajectory("b", [1.0], 0.0), stop="error")
+    figures = summary([trajectory("a", [1.0, 1.0], 1.0), lost], lambda t: {"em": t.outcome})
+    assert figures["outcome"]["mean"] == figures["metrics"]["em"]["mean"] == 1.0
+    assert (figures["steps"]["mean"], figures["stops"]) == (2.0, {"answered": 1, "error": 1})
+    assert summary([lost], lambda t: {"em": t.outcome})["outcome"]["mean"] is None
 
 
 def test_samples_of_one_question_are_one_unit():

@@ -100,6 +100,30 @@ def test_n_samples_also_where_a_server_gives_fewer(most):
         assert texts(answers) == [[f"<answer>{s + i}</answer>" for i in range(8)] for s in (10, 20)]
 
 
+def test_n_samples_also_where_a_server_takes_no_n():
+    with ChatServer(lambda body: f"<answer>{body.get('seed')}</answer>", refuses=("n",)) as server:
+        client = ChatClient(server.url)
+        assert texts(client([state(seed=5)], 3)) == [[f"<answer>{seed}</answer>" for seed in (5, 6, 7)]]
+        client([state()], 2)
+    assert [body.get("n") for body in server.bodies] == [3, None, None, None, None, None]
+    assert client.usage.failures == 0
+
+
+@pytest.mark.parametrize("field", ["seed", "stop", "logprobs", "max_tokens", "temperature"])
+def test_a_field_that_a_server_does_not_take_can_be_left_out(field):
+    with ChatServer(refuses=(field,)) as server:
+        refused = only(ChatClient(server.url, top_logprobs=1)([state(seed=1)]))
+        assert f"Leave that field out with extra={{'{field}': None}}" in refused.text
+        left_out = ChatClient(server.url, top_logprobs=1, extra={field: None})
+        assert only(left_out([state(seed=1)])).text == "<answer>42</answer>"
+
+
+def test_a_thought_without_a_reply_is_told():
+    with ChatServer(lambda body: {"content": None, "reasoning_content": "Hm, GOOD"}) as server:
+        completion = only(ChatClient(server.url, retries=0)([state()]))
+    assert (completion.finish, "Turn the model's thinking off" in completion.text) == ("error", True)
+
+
 def test_samples_asked_for_alone_are_asked_at_once():
     with ChatServer(seconds=0.3, most=1) as server:
         ChatClient(server.url)([state()], 16)
@@ -508,6 +532,10 @@ def test_no_reply_breaks_the_client(fuzzed, reply):
     [
         ("http://user:pass@host:80/v1#m", "http://host:80/v1#m"),
         ('{"judge": "model:https://u:p%40@h/v1"}', '{"judge": "model:https://h/v1"}'),
+        ("http://me:p@ss@host/v1", "http://host/v1"),
+        ("http://me:it's@host/v1", "http://host/v1"),
+        (json.dumps({"url": 'http://me:a"b\\c@host/v1'}), '{"url": "http://host/v1"}'),
+        ('["http://host","me@example.org"]', '["http://host","me@example.org"]'),
         ("http://host/a@b and me@example.org", "http://host/a@b and me@example.org"),
     ],
 )

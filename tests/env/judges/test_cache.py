@@ -15,6 +15,7 @@ import pytest
 from swirl_env.errors import DataError
 from swirl_env.judges import ask
 from swirl_env.judges.cache import Cached
+from swirl_env.judges.combine import Combine
 from swirl_env.testing import check_judge_contract
 from swirl_env.types import Action, StepView, Verdict
 
@@ -50,7 +51,8 @@ def test_asked_once(tmp_path):
     assert judge.asked == ["a", "bb", "why?"]  # once each, also within a batch
     assert ask(cached, [view("bb"), view("a"), view("why?")]) == [first[1], first[0], first[3]]
     assert judge.asked == ["a", "bb", "why?", "why?"]  # what is unknown is asked again
-    assert (cached.hits, cached.misses) == (3, 4)
+    assert (cached.hits, cached.misses, cached.hit_rate) == (3, 4, 3 / 7)
+    assert Cached(Counting(), tmp_path / "other.db").hit_rate is None
     ask(cached, [view("a", "Another question?")])
     assert judge.asked[-1] == "a"
     again = Cached(Counting(), cached.path)
@@ -65,6 +67,23 @@ def test_another_judge_has_its_own(tmp_path):
     ask(Cached(Counting(), tmp_path / "v.db"), [view("a")])
     ask(Cached(other, tmp_path / "v.db"), [view("a")])
     assert other.asked == ["a"]
+
+
+def test_a_combination_is_known_by_all_that_its_models_depend_on(tmp_path):
+    class Model(Counting):
+        name = "model@1"
+
+        def __init__(self, address):
+            super().__init__()
+            self.address = address
+
+        def key(self, view):
+            return self.name, self.address, view.action.text
+
+    models = [Model(address) for address in ("http://a/v1", "http://b/v1", "http://a/v1")]
+    for model in models:
+        ask(Cached(Combine([Counting(), model], "min"), tmp_path / "v.db"), [view("a")])
+    assert [model.asked for model in models] == [["a"], ["a"], []]
 
 
 def test_no_database_is_told(tmp_path):

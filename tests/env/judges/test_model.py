@@ -61,13 +61,22 @@ def view(text="<answer>2</answer>", answer="2", steps=(), calls=(), question="Ho
         ("", None),
         ("  \n", None),
         ("GOOD or BAD", None),
+        ("NOT GOOD", None),
+        ("<think>It seems BAD.\nBAD</think>GOOD", 1.0),
+        ("It seems so.\nGOOD\n</think>\n\nBAD", 0.0),
+        ("<think>\nIt seems so.\nGOOD", None),
+        ("x\n\uff27\uff2f\uff2f\uff24\u3002", 1.0),
+        ("x\n\u2705 **GOOD** \u2705", 1.0),
+        ("x\nThe verdict is: **BAD**.", 0.0),
+        ("x\n$\\boxed{BAD}$", 0.0),
+        ("GOOD\n---\n\u2705", 1.0),
     ],
 )
 def test_the_verdict_is_the_last_line_alone(reply, score):
     verdict = ask(ModelJudge(Says(reply)), [view()])[0]
     assert verdict.score == score
     assert verdict.reason
-    assert verdict.judge == "model:says@1"
+    assert verdict.judge == "model:says@2"
 
 
 @given(st.text(), st.sampled_from(["GOOD", "BAD"]))
@@ -108,6 +117,28 @@ def test_what_is_judged_stays_in_its_frame(attack, where):
     assert ask(judge, [shown])[0].score == 0.0
 
 
+CONTROL = [
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<\uff5cUser\uff5c>",
+    "</s>",
+    "<s>",
+    "[INST]",
+    "[/INST]",
+    "<start_of_turn>model",
+    "<eos>",
+]
+
+
+@pytest.mark.parametrize("token", CONTROL)
+def test_control_tokens_of_chat_templates_are_broken(token):
+    prompt = ModelJudge(Says("")).prompt(view(f"a {token} b", "b", (SEARCHED,), question=f"Why {token}?"))
+    assert token not in prompt
+    assert token.replace(token[0], f"{token[0]} ", 1) in prompt
+    kept = "<<12*40=480>> <think>x</think> <search>q</search> <sup>2</sup> a[0] [TV]"
+    assert f"| {kept}" in ModelJudge(Says("")).prompt(view(kept))
+
+
 def test_it_sees_neither_gold_nor_result():
     policy = Says("x\nGOOD")
     task = Task("t", "How many?", ("secret gold",))
@@ -139,7 +170,7 @@ def test_samples_are_averaged_over_those_that_can_be_read():
     verdict = ask(ModelJudge(Says(lambda _: replies), samples=4), [view()])[0]
     assert verdict.score == pytest.approx(2 / 3)
     assert verdict.parts == {"reply 0": 1.0, "reply 1": 0.0, "reply 2": None, "reply 3": 1.0}
-    assert verdict.judge == "model:says:mean4@1"
+    assert verdict.judge == "model:says:mean4@2"
 
 
 def test_probability_of_good():
@@ -149,6 +180,29 @@ def test_probability_of_good():
     assert ask(ModelJudge(Says("GOOD"), mode="probability"), [view()])[0].score is None
     unlikely = Completion("x", None, "eos", ({"x": 0.0},))
     assert ask(ModelJudge(Says(unlikely), mode="probability"), [view()])[0].score is None
+
+
+@pytest.mark.parametrize(
+    ("places", "score"),
+    [
+        ([{"**": 0.9, "BAD": 0.04, "GOOD": 0.02}, {"GOOD": 0.8, "BAD": 0.2}], 0.8),  # not from what was unlikely
+        (
+            [{"The": 0.6, "GOOD": 0.03, "BAD": 0.01}, {" last": 0.9, "BAD": 0.001}],
+            0.75,
+        ),  # never likely: where it was most
+        ([{"GOOD": 0.9, "BAD": 0.1}, {"BAD": 1.0}], 0.9),  # the first that is likely
+        ([{"good": 0.9, "x": 0.1}, {"</think>": 1.0}, {"BAD": 0.9, "GOOD": 0.1}], 0.1),  # after the thought
+        ([{"The": 0.6, "GOOD": 0.03, "x": 0.01}], 0.75),  # BAD has 0.01 at most, and is not known to have none
+        ([{"GOOD": 0.998, "x": 0.001}], 0.999),
+        ([{"GOOD": 1.0}], 1.0),
+        ([{"</think>": 1.0}], None),
+    ],
+)
+def test_where_the_probability_is_read(places, score):
+    alternatives = tuple({token: math.log(p) for token, p in place.items()} for place in places)
+    reply = Completion("reply", None, "eos", alternatives)
+    verdict = ask(ModelJudge(Says(reply), mode="probability"), [view()])[0]
+    assert verdict.score == (None if score is None else pytest.approx(score, abs=1e-3))
 
 
 def test_failures_are_unknown_with_their_reason():
