@@ -9,6 +9,8 @@ from swirl_benchmarks import evaluate
 from swirl_benchmarks.terminal import console
 from swirl_env.errors import ConfigError
 
+SPEEDS = ("update", "fork", "rollout", "env", "search", "judge", "load")
+
 
 def _names(text: str, known: tuple[str, ...], flag: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
@@ -17,30 +19,71 @@ def _names(text: str, known: tuple[str, ...], flag: str) -> list[str]:
     return names
 
 
-def speed(*, only: str = "env,search,judge", small: bool = False, json: str | None = None) -> None:
-    """What a step, a search and a verdict cost, each beside its comparison in the same run.
+def speed(
+    *, only: str = ",".join(SPEEDS), small: bool = False, model: str = "smollm2-135m", json: str | None = None,
+    plot: str | None = None,
+) -> None:  # fmt: skip
+    """What updates, acting, steps, searches, verdicts and loading cost, each beside its comparison in the same run.
 
-    Example: swirl bench speed --only env,search
+    Example: swirl bench speed --only update,fork,rollout --json out.json
 
     Args:
-        only: which of env, search and judge, separated by commas.
-        small: search 12,000 paragraphs only, and not a million too (that takes minutes).
+        only: which of update, fork, rollout, env, search, judge and load, separated by commas.
+        small: the main shapes only: no curves, no memory, no search of a million paragraphs (they take half an hour).
+        model: of update, fork and rollout: smollm2-135m, a folder or a hub name.
         json: file for the figures.
+        plot: file for a picture of the curve of updates (.png, .svg or .pdf).
     """
-    from swirl_benchmarks import speed_env, speed_judge, speed_search
-
-    chosen = _names(only, ("env", "search", "judge"), "--only")
+    chosen = _names(only, SPEEDS, "--only")
     evaluate.check_target(json)
+    evaluate.check_target(plot)
+    if plot and (small or "update" not in chosen):
+        raise ConfigError("--plot draws the curve of updates: give it with update among --only, and without --small.")
+    if plot:
+        import matplotlib  # noqa: F401  missing, it is told before anything runs
     figures: dict = {}
+    if {"update", "fork", "rollout"} & set(chosen):
+        from swirl_benchmarks import speed_rollout, speed_update
+
+        loaded = speed_update.load(model)
+        figures["machine"] = speed_update.machine(model, loaded)
+        if "update" in chosen:
+            report: dict = {"shapes": speed_update.update_figures(loaded)}
+            if not small:
+                report |= {"curve": speed_update.curve_figures(loaded), "memory": speed_update.memory_figures(model)}
+            figures["update"] = report
+            speed_update.print_update(report, console())
+            if plot:
+                speed_update.plot_update(report["curve"], plot)
+        acted: dict = {}
+        if "fork" in chosen:
+            acted["fork"] = speed_rollout.fork_figures(loaded)
+        if "rollout" in chosen:
+            acted["rollout"] = speed_rollout.rollout_figures(loaded, (32,) if small else (1, 8, 32, 64))
+        if acted:
+            figures |= acted
+            speed_rollout.print_rollout(acted, console())
+        del loaded
     if "env" in chosen:
+        from swirl_benchmarks import speed_env
+
         figures["env"] = speed_env.env_figures()
         speed_env.print_env(figures["env"], console())
     if "search" in chosen:
+        from swirl_benchmarks import speed_search
+
         figures["search"] = speed_search.search_figures((12_000,) if small else (12_000, 1_000_000))
         speed_search.print_search(figures["search"], console())
     if "judge" in chosen:
+        from swirl_benchmarks import speed_judge
+
         figures["judge"] = speed_judge.judge_figures()
         speed_judge.print_judge(figures["judge"], console())
+    if "load" in chosen:
+        from swirl_benchmarks import speed_load
+
+        figures["load"] = speed_load.load_figures()
+        speed_load.print_load(figures["load"], console())
     if json:
         evaluate.write_json(json, figures)
 

@@ -223,6 +223,8 @@ def data() -> None:
     """Official data files: swirl data --help."""
 
 
+EXTRAS = dict.fromkeys(("torch", "transformers", "safetensors", "gguf", "tokenizers"), "train") | {"matplotlib": "plot"}
+"""Packages that only some commands need, and the extra that brings them."""
 COMMANDS: dict[str, Callable] = {
     "run": run,
     "eval": eval_,
@@ -252,9 +254,10 @@ def main() -> None:
                 args=sys.argv[2:],
             )
     except ModuleNotFoundError as error:
-        if error.name not in ("torch", "transformers", "safetensors", "gguf", "tokenizers"):
+        if error.name not in EXTRAS:
             raise
-        print(f"swirl: this needs {error.name}: pip install -e '.[train]' in the project's folder.", file=sys.stderr)
+        extra = EXTRAS[error.name]
+        print(f"swirl: this needs {error.name}: pip install -e '.[{extra}]' in the project's folder.", file=sys.stderr)
         sys.exit(2)
     except (SwirlError, OSError) as error:
         from swirl_env.transport import without_credentials

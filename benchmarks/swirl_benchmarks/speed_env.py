@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import swirl_env  # noqa: F401
+from swirl_benchmarks.timing import show, spread
 
 WIDE = 64
 """Environments of the vector figures."""
@@ -68,20 +69,15 @@ def env_figures(rounds: int = 25, steps: int = 192) -> list[dict[str, Any]]:
         gc.unfreeze()
     figures = []
     for name in LIMITS:
-        figure = {"what": name, "microseconds": _spread(seconds[name] * 1e6), "limit": LIMITS[name]}
+        figure = {"what": name, "microseconds": spread(seconds[name] * 1e6), "limit": LIMITS[name]}
         if other := against.get(name):
             figure |= {
                 "against": other,
-                "against_microseconds": _spread(seconds[other] * 1e6),
-                "ratio": _spread(seconds[name] / seconds[other]),
+                "against_microseconds": spread(seconds[other] * 1e6),
+                "ratio": spread(seconds[name] / seconds[other]),
             }
         figures.append(figure)
     return figures
-
-
-def _spread(values: np.ndarray) -> dict[str, float]:
-    low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
-    return {"median": round(float(median), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
 
 
 def _numbers() -> Iterator[int]:
@@ -159,14 +155,10 @@ def print_env(figures: list[dict[str, Any]], console: Console) -> None:
         table.add_column(heading, justify="left" if heading in ("step", "beside") else "right")
     for figure in figures:
         over = " (over)" if figure["microseconds"]["median"] > figure["limit"] else ""
-        cells = [_show(figure["microseconds"]) + over, f"{figure['limit']:.0f}"]
+        cells = [show(figure["microseconds"]) + over, f"{figure['limit']:.0f}"]
         if "against" in figure:
-            cells += [figure["against"], _show(figure["against_microseconds"]), _show(figure["ratio"], 2)]
+            cells += [figure["against"], show(figure["against_microseconds"]), show(figure["ratio"], 2)]
         table.add_row(figure["what"], *cells)
     console.print(table)
     if not any("aviary" in figure.get("against", "") for figure in figures):
         console.print("For the comparison with aviary: pip install aviary.gsm8k")
-
-
-def _show(spread: dict[str, float], places: int = 1) -> str:
-    return f"{spread['median']:.{places}f} [{spread['low']:.{places}f}, {spread['high']:.{places}f}]"

@@ -22,7 +22,7 @@ from swirl_agents.testing_server import ChatServer
 
 from swirl_benchmarks import evaluate
 from swirl_benchmarks.judging import rejudge
-from swirl_benchmarks.speed_env import _show, _spread
+from swirl_benchmarks.timing import show, spread
 from swirl_env.client import ChatClient
 from swirl_env.io import Writer
 from swirl_env.judges import RulesJudge, ask, views
@@ -94,9 +94,9 @@ def _in_flight(shown: list[StepView], rounds: int, reply_seconds: float) -> dict
         _seconds(together, shown[:IN_FLIGHT])  # connects
         times = np.array([(_seconds(together, shown), _seconds(alone, shown[:20])) for _ in range(rounds)])
     return {
-        "milliseconds": _spread(times[:, 0] * 1e3),
-        "alone_milliseconds": _spread(times[:, 1] * 1e3),
-        "ratio": _spread(times[:, 1] / times[:, 0]),
+        "milliseconds": spread(times[:, 0] * 1e3),
+        "alone_milliseconds": spread(times[:, 1] * 1e3),
+        "ratio": spread(times[:, 1] / times[:, 0]),
     }
 
 
@@ -139,9 +139,9 @@ def _cached(shown: list[StepView], rounds: int) -> dict[str, Any]:
             ]
         )
     return {
-        "microseconds": _spread(times[:, 0] * 1e6),
-        "rules_microseconds": _spread(times[:, 1] * 1e6),
-        "ratio": _spread(times[:, 0] / times[:, 1]),
+        "microseconds": spread(times[:, 0] * 1e6),
+        "rules_microseconds": spread(times[:, 1] * 1e6),
+        "ratio": spread(times[:, 0] / times[:, 1]),
     }
 
 
@@ -156,16 +156,16 @@ def print_judge(figures: dict[str, Any], console: Console) -> None:
         return " (over)" if bad else ""
 
     table.add_row(
-        f"ms, {IN_FLIGHT} in flight", _show(flight["milliseconds"], 2), "one at a time", _show(flight["alone_milliseconds"]),
-        _show(flight["ratio"]), f"at least {LEAST_OVERLAP:.0f} times faster{over(flight['ratio']['median'] < LEAST_OVERLAP)}",
+        f"ms, {IN_FLIGHT} in flight", show(flight["milliseconds"], 2), "one at a time", show(flight["alone_milliseconds"]),
+        show(flight["ratio"]), f"at least {LEAST_OVERLAP:.0f} times faster{over(flight['ratio']['median'] < LEAST_OVERLAP)}",
     )  # fmt: skip
     table.add_row(
         f"s, {faults['steps']} steps, {FAULTS:.0%} faults", f"{faults['seconds']:.1f}", "no faults", f"{faults['clean_seconds']:.1f}",
         f"{faults['ratio']:.2f}", f"at most {MOST_SLOWDOWN} times slower{over(faults['ratio'] > MOST_SLOWDOWN)}",
     )  # fmt: skip
     table.add_row(
-        "µs, from the cache", _show(cached["microseconds"]), "rules", _show(cached["rules_microseconds"]),
-        _show(cached["ratio"], 2), f"{MOST_CACHED:.0f} µs{over(cached['microseconds']['median'] > MOST_CACHED)}",
+        "µs, from the cache", show(cached["microseconds"]), "rules", show(cached["rules_microseconds"]),
+        show(cached["ratio"], 2), f"{MOST_CACHED:.0f} µs{over(cached['microseconds']['median'] > MOST_CACHED)}",
     )  # fmt: skip
     console.print(table)
     console.print(
