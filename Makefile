@@ -9,7 +9,7 @@ help:
 	@echo "make demo       a small model learns to answer real GSM8K questions with a calculator"
 	@echo "make results    GSM8K over three seeds, into benchmarks/results"
 	@echo "make test       the tests (under 5 minutes, no network, no GPU)"
-	@echo "make test-slow  also the slow ones, with the real model"
+	@echo "make test-slow  what make test leaves out, with the real model behind a real server"
 	@echo "make lint       ruff and mypy"
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -31,9 +31,12 @@ results: $(VENV)/.ready
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
-test-slow: $(VENV)/.ready
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[slow,speed]"
-	$(BIN)/python -m pytest -q -m "slow or not slow"
+$(VENV)/.ready-slow: $(VENV)/.ready
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[slow]"
+	@touch $@
+
+test-slow: $(VENV)/.ready-slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m slow
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
