@@ -59,7 +59,9 @@ def speed(
         if "fork" in chosen:
             acted["fork"] = speed_rollout.fork_figures(loaded)
         if "rollout" in chosen:
-            acted["rollout"] = speed_rollout.rollout_figures(loaded, (32,) if small else (1, 8, 32, 64))
+            acted["rollout"] = speed_rollout.rollout_figures(loaded, (32,) if small else (1, 8, 32))
+            if not small:
+                acted["rollout"] += speed_rollout.many_figures()
         if acted:
             figures |= acted
             speed_rollout.print_rollout(acted, console())

@@ -95,7 +95,8 @@ def fork_figures(model, states: int = 5, samples: int = 4, rounds: int = 3) -> d
     """Seconds of the engine and of `generate()`, their ratio, and how the greedy tokens compare."""
     from swirl_agents.engine import Request
 
-    contexts = [state.context.astype(np.int32) for state in tree_of(states, 1)]
+    vocabulary = model.config.get_text_config().vocab_size
+    contexts = [state.context.astype(np.int32) for state in tree_of(states, 1, vocabulary=vocabulary)]
 
     def fork(seed: int | None = 0) -> list[Any]:
         engine = _engine(model, ACTION)
@@ -189,7 +190,7 @@ def rollout_figures(model, counts: Sequence[int] = (32,), rounds: int = 2) -> li
         episodes = _Episodes(count, vocabulary)
         seconds = in_turn(
             {"engine": partial(_act, model, episodes), "generate": partial(_act_plainly, model, episodes)},
-            rounds, warm_up=0,
+            rounds if count == 32 else 1, warm_up=0,
         )  # fmt: skip
         said, engine = _act(model, episodes)
         tokens = engine.prefilled + engine.decoded
@@ -203,13 +204,28 @@ def rollout_figures(model, counts: Sequence[int] = (32,), rounds: int = 2) -> li
     return figures
 
 
+def many_figures(counts: Sequence[int] = (32, 128, 256)) -> list[dict[str, Any]]:
+    """As `rollout_figures`, on a random model of a few thousand weights: so many episodes of a real one take too long here, and what is
+    left is the work around the model."""
+    from swirl_agents.testing import tiny_model, tiny_tokenizer
+
+    model = tiny_model(tiny_tokenizer(), context=8192)
+    return [figures | {"model": "tiny, random", "goal": None} for figures in rollout_figures(model, counts)]
+
+
 def print_rollout(report: dict[str, Any], console: Console) -> None:
     """The figures as a table; one under its goal is marked."""
     table = Table(title="Acting: the engine against generate()", title_justify="left")
     for heading in ("what", "engine, s", "generate(), s", "times faster", "goal", "greedy rows same / tie / different"):
         table.add_column(heading, justify="left" if heading == "what" else "right")
     rows = [("fork: " + report["fork"]["shape"], report["fork"])] if "fork" in report else []
-    rows += [(f"rollout: {one['episodes']} episodes, {one['steps']} steps", one) for one in report.get("rollout", ())]
+    rows += [
+        (
+            f"rollout: {one['episodes']} episodes, {one['steps']} steps" + (" (tiny model)" if "model" in one else ""),
+            one,
+        )
+        for one in report.get("rollout", ())
+    ]
     for name, one in rows:
         missed = " (missed)" if one["goal"] and one["ratio"]["median"] < one["goal"] else ""
         table.add_row(

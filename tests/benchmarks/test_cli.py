@@ -93,7 +93,7 @@ def test_eval_random_then_replay(tmp_path):
         (["eval", "swirl/GSM8K-v0", "--model", "oracle", "--kwargs", '{"metric": ["x"]}'], "metric must be a name"),
         (["judge", "nowhere", "--judge", "rules"], "There is no nowhere"),
         (["data", "fetch", "gsm9k"], "Did you mean 'gsm8k'"),
-        (["bench", "speed", "--only", "envs"], "--only takes env, search"),
+        (["bench", "speed", "--only", "envs"], "--only takes update, fork"),
         (["play", "swirl/GSM8K-v0", "--seed", "-1"], "--seed must be 0 or more"),
         (["play", "swirl/GSM8K-v0", "--task", "nope"], "No task has the id 'nope'"),
         (["run", "swirl/GSM8K-v0", "--filter", "proces", "--tasks", "2"], "Did you mean 'process'?"),
