@@ -184,7 +184,9 @@ class _Steps:
 def _record(episode: _Episode, policy: str, seed: int, round: int) -> Trajectory:
     env: ToolEnv = episode.env.unwrapped  # type: ignore[assignment]
     assert env.task is not None
-    outcome = env.task_set.outcome(env.task, None) if episode.outcome is None else episode.outcome
+    outcome = episode.outcome
+    if outcome is None and episode.stop != "error":  # a policy that failed says nothing of the outcome: unknown, not 0
+        outcome = env.task_set.outcome(env.task, None)
     return Trajectory(
         env.task, env.record, episode.prompt, tuple(episode.steps), episode.stop,  # type: ignore[arg-type]
         outcome, policy, seed, episode.sample, round,

@@ -122,7 +122,9 @@ class Layout:
                 return (tree_T[q] == tree_T[k]) & (trunk | ((branch_T[q] == branch_T[k]) & (k <= q)))
 
             length = len(tree_T)
-            self._masks[key] = create_block_mask(sees, None, None, length, length, device=str(device))  # type: ignore[assignment]
+            # compiled on a GPU, so that no T x T mask is held on the way
+            make = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
+            self._masks[key] = make(sees, None, None, length, length, device=str(device))  # type: ignore[assignment]
         return self._masks[key]
 
     def attend(self, module, query, key, value, scale: float | None) -> torch.Tensor:

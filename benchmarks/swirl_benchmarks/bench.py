@@ -28,13 +28,13 @@ def speed(
     Example: swirl bench speed --only update,fork,rollout --json out.json
 
     Args:
-        only: which of update, fork, rollout, env, search, judge and load, separated by commas.
+        only: which of update, fork, rollout, env, search, judge and load, separated by commas; and gpu, where there is one.
         small: the main shapes only: no curves, no memory, no search of a million paragraphs (they take half an hour).
         model: of update, fork and rollout: smollm2-135m, a folder or a hub name.
         json: file for the figures.
         plot: file for a picture of the curve of updates (.png, .svg or .pdf).
     """
-    chosen = _names(only, SPEEDS, "--only")
+    chosen = _names(only, (*SPEEDS, "gpu"), "--only")
     evaluate.check_target(json)
     evaluate.check_target(plot)
     if plot and (small or "update" not in chosen):
@@ -66,6 +66,11 @@ def speed(
             figures |= acted
             speed_rollout.print_rollout(acted, console())
         del loaded
+    if "gpu" in chosen:
+        from swirl_benchmarks import speed_gpu
+
+        figures["gpu"] = speed_gpu.gpu_figures()
+        speed_gpu.print_gpu(figures["gpu"], console())
     if "env" in chosen:
         from swirl_benchmarks import speed_env
 

@@ -23,7 +23,7 @@ STEPS = 5
 TIE = 1e-4
 
 
-class _Row:
+class Row:
     """Takes tokens until it has as many as it wants; greedy or drawn."""
 
     def __init__(self, wanted: int, seed: int | None = None):
@@ -43,13 +43,13 @@ def _sample(logits, rows: Sequence[Any]) -> None:
         row.finish = "length" if len(row.ids) == row.wanted else None
 
 
-def _engine(model, longest: int):
+def engine_of(model, longest: int):
     from swirl_agents.engine import Engine
 
     return Engine(model, _sample, max_new_tokens=longest, batch_tokens=1 << 17, cache_tokens=1 << 17)
 
 
-def _generate(model, contexts: Sequence[np.ndarray], wanted: Sequence[int], samples: int = 1, greedy: bool = True):
+def generate(model, contexts: Sequence[np.ndarray], wanted: Sequence[int], samples: int = 1, greedy: bool = True):
     """`generate()` of a batch padded on the left, each row until it has as many tokens as it wants (the batch until all have);
     (tokens of each row, greedy logits' lead of the likeliest token over the next)."""
     import torch
@@ -99,8 +99,8 @@ def fork_figures(model, states: int = 5, samples: int = 4, rounds: int = 3) -> d
     contexts = [state.context.astype(np.int32) for state in tree_of(states, 1, vocabulary=vocabulary)]
 
     def fork(seed: int | None = 0) -> list[Any]:
-        engine = _engine(model, ACTION)
-        requests = [Request(ids, [_Row(ACTION, seed) for _ in range(samples)]) for ids in contexts]
+        engine = engine_of(model, ACTION)
+        requests = [Request(ids, [Row(ACTION, seed) for _ in range(samples)]) for ids in contexts]
         for request in requests:
             engine.add(request)
         while any(request.left for request in requests):
@@ -109,12 +109,12 @@ def fork_figures(model, states: int = 5, samples: int = 4, rounds: int = 3) -> d
 
     def plain() -> None:
         for ids in contexts:
-            _generate(model, [ids], [ACTION], samples, greedy=False)
+            generate(model, [ids], [ACTION], samples, greedy=False)
 
     seconds = in_turn({"fork": fork, "generate": plain}, rounds)
     compared = {"same": 0, "tie": 0, "different": 0}
     for request in fork(seed=None):
-        [want], [lead] = _generate(model, [request.ids], [ACTION])
+        [want], [lead] = generate(model, [request.ids], [ACTION])
         for row in request.rows:
             compared[_apart(row.ids, want, lead)] += 1
     return {
@@ -144,12 +144,12 @@ def _act(model, episodes: _Episodes) -> tuple[dict[tuple[int, int], list[int]], 
     """Play with the engine: {(episode, step): its tokens}."""
     from swirl_agents.engine import Request
 
-    engine = _engine(model, int(episodes.wanted.max()))
+    engine = engine_of(model, int(episodes.wanted.max()))
     live: list[tuple[int, int, Any]] = []
     said: dict[tuple[int, int], list[int]] = {}
 
     def ask(i: int, step: int, ids: np.ndarray) -> None:
-        request = Request(ids, [_Row(int(episodes.wanted[i, step]))], keep=True)
+        request = Request(ids, [Row(int(episodes.wanted[i, step]))], keep=True)
         engine.add(request)
         live.append((i, step, request))
 
@@ -174,7 +174,7 @@ def _act_plainly(model, episodes: _Episodes, said: dict[tuple[int, int], list[in
     compared = {"same": 0, "tie": 0, "different": 0}
     for step in range(STEPS):
         running = [i for i in range(len(contexts)) if step < episodes.steps[i]]
-        rows, leads = _generate(model, [contexts[i] for i in running], [int(episodes.wanted[i, step]) for i in running])
+        rows, leads = generate(model, [contexts[i] for i in running], [int(episodes.wanted[i, step]) for i in running])
         for i, row, lead in zip(running, rows, leads, strict=True):
             if said is not None:
                 compared[_apart(said[i, step], row, lead)] += 1

@@ -52,26 +52,33 @@ def machine(name: str, model) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def tree_of(states: int, samples: int, prompt: int = PROMPT, vocabulary: int = 49_000, seed: int = 0) -> list[Any]:
+def tree_of(
+    states: int,
+    samples: int,
+    prompt: int = PROMPT,
+    vocabulary: int = 49_000,
+    action: int = ACTION,
+    result: int = RESULT,
+) -> list[Any]:
     """Random tokens in the shape of a trajectory."""
     from swirl_algos.tree import State
 
-    draw = np.random.default_rng(seed)
-    trunk = draw.integers(0, vocabulary, prompt + (states - 1) * (ACTION + RESULT))
-    lengths = [prompt + k * (ACTION + RESULT) for k in range(states)]
-    return [State(trunk[:n], [draw.integers(0, vocabulary, ACTION) for _ in range(samples)]) for n in lengths]
+    draw = np.random.default_rng(0)
+    trunk = draw.integers(0, vocabulary, prompt + (states - 1) * (action + result))
+    lengths = [prompt + k * (action + result) for k in range(states)]
+    return [State(trunk[:n], [draw.integers(0, vocabulary, action) for _ in range(samples)]) for n in lengths]
 
 
-def work(states: int, samples: int, prompt: int = PROMPT) -> tuple[float, float, float]:
+def work(tree: Sequence[Any]) -> tuple[int, int, int]:
     """(tokens, action tokens, attended pairs) of a packed tree."""
-    trunk = prompt + (states - 1) * (ACTION + RESULT)
-    contexts = sum(prompt + k * (ACTION + RESULT) for k in range(states))
-    branch = ACTION - 1
-    pairs = trunk * (trunk + 1) / 2 + samples * branch * contexts + states * samples * branch * (branch + 1) / 2
-    return trunk + states * samples * branch, states * samples * ACTION, pairs
+    trunk = len(tree[-1].context)
+    branches = [(len(state.context), len(action) - 1) for state in tree for action in state.actions]
+    pairs = trunk * (trunk + 1) // 2 + sum(n * context + n * (n + 1) // 2 for context, n in branches)
+    return trunk + sum(n for _, n in branches), sum(n + 1 for _, n in branches), pairs
 
 
-def _update(model, packs: Sequence[Any], weights_M) -> None:
+def update(model, packs: Sequence[Any], weights_M) -> None:
+    """Forward and backward of a loss that weighs the log-probs of each action."""
     from swirl_algos import tree
 
     model.zero_grad(set_to_none=True)
@@ -79,7 +86,8 @@ def _update(model, packs: Sequence[Any], weights_M) -> None:
         tree.backward(model, None, pack, lambda terms: -(weights_M[terms.action_n] * terms.logprobs_n).sum())
 
 
-def _packs(states: list[Any], plain: bool, device) -> list[Any]:
+def packs_of(states: list[Any], plain: bool, device) -> list[Any]:
+    """One packed row, or plain rows."""
     from swirl_algos import tree
 
     return list((tree.plain if plain else tree.pack)([states], 1 << 20, device))
@@ -102,26 +110,26 @@ def update_figures(model, shapes: Sequence[tuple[int, int]] = tuple(GOALS), roun
         ).float()
         seconds = in_turn(
             {
-                "packed": partial(_update, model, _packs(whole, False, model.device), weights_M),
-                "plain": partial(_update, model, _packs(single, True, model.device), weights_M),
+                "packed": partial(update, model, packs_of(whole, False, model.device), weights_M),
+                "plain": partial(update, model, packs_of(single, True, model.device), weights_M),
             },
             rounds,
         )
         gradients, logprobs = [], []
         for plain in (True, False):
-            packs = _packs(few, plain, model.device)
-            _update(model, packs, weights_M)
+            packs = packs_of(few, plain, model.device)
+            update(model, packs, weights_M)
             gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
             found = [(pack.action_N, tree.logprobs(model, pack)) for pack in packs]
             order = torch.cat([action_N for action_N, _ in found]).argsort(stable=True)
             logprobs.append(torch.cat([logprobs_N for _, logprobs_N in found])[order])
-        tokens, _, _ = work(states, samples)
+        tokens, _, _ = work(whole)
         figures.append({
             "states": states, "samples": samples, "goal": GOALS.get((states, samples)),
             "packed_seconds": spread(seconds["packed"]), "plain_seconds": spread(seconds["plain"] * samples),
             "plain_is": f"one row a state, times {samples}",
             "ratio": spread(seconds["plain"] * samples / seconds["packed"]),
-            "tokens_packed": int(tokens), "tokens_plain": sum(p.tokens for p in _packs(single, True, "cpu")) * samples,
+            "tokens_packed": tokens, "tokens_plain": sum(p.tokens for p in packs_of(single, True, "cpu")) * samples,
             "compared": sum(len(state.actions) for state in few),
             "logprob_difference": float((logprobs[0] - logprobs[1]).abs().max()),
             "gradient_difference": float((gradients[0] - gradients[1]).norm() / gradients[0].norm()),
@@ -138,20 +146,20 @@ def curve_figures(model, curve: Sequence[tuple[int, int, int]] = tuple(CURVE), r
     vocabulary = model.config.get_text_config().vocab_size
 
     def contestant(states: int, samples: int, prompt: int) -> Any:
-        packs = _packs(tree_of(states, samples, prompt, vocabulary), False, model.device)
-        return partial(_update, model, packs, torch.ones(states * samples, device=model.device))
+        packs = packs_of(tree_of(states, samples, prompt, vocabulary), False, model.device)
+        return partial(update, model, packs, torch.ones(states * samples, device=model.device))
 
     seconds = in_turn({str(point): contestant(*point) for point in curve}, rounds)
     medians = np.array([float(np.median(seconds[str(point)])) for point in curve])
-    features = np.array([work(*point) for point in curve])
+    features = np.array([work(tree_of(*point)) for point in curve], float)
     fit = np.linalg.lstsq(features / medians[:, None], np.ones(len(curve)), rcond=None)[0]
     errors = features @ fit / medians - 1
 
     def row(point: tuple[int, int, int], **more: Any) -> dict[str, Any]:
-        tokens, action_tokens, pairs = work(*point)
+        tokens, action_tokens, pairs = work(tree_of(*point))
         fitted = float(np.dot((tokens, action_tokens, pairs), fit))
         names = dict(zip(("states", "samples", "prompt"), point, strict=True))
-        return names | {"tokens": int(tokens), "fitted_seconds": round(fitted, 3)} | more
+        return names | {"tokens": tokens, "fitted_seconds": round(fitted, 3)} | more
 
     return {
         "fit": dict(zip(("token", "action_token", "attended_pair"), map(float, fit), strict=True)),
@@ -189,7 +197,7 @@ def _peak(name: str, packed: bool, states: int, samples: int, trunk: int) -> Non
     else:
         draw = np.random.default_rng(0)
         tree = [State(draw.integers(0, vocabulary, trunk - ACTION), [draw.integers(0, vocabulary, ACTION)])]
-    _update(model, _packs(tree, not packed, model.device), torch.ones(states * samples, device=model.device))
+    update(model, packs_of(tree, not packed, model.device), torch.ones(states * samples, device=model.device))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
