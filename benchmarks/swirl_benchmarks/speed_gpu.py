@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from swirl_benchmarks.speed_rollout import Row, engine_of, generate
-from swirl_benchmarks.speed_update import machine, packs_of, tree_of, update, work
+from swirl_benchmarks.speed_update import machine, packs_of, stream_of, tree_of, update, work
 from swirl_benchmarks.timing import in_turn, show, spread
 from swirl_env.errors import ConfigError
 
@@ -84,7 +84,7 @@ def gpu_figures(
             raise ConfigError("--only gpu needs an NVIDIA GPU and a CUDA build of torch; none was found.")
         model = model_of()
     vocabulary, device = model.config.vocab_size, model.device
-    tree = tree_of(states, samples, trunk - (states - 1) * (action + result), vocabulary, action, result)
+    tree = tree_of(states, samples, trunk - (states - 1) * (action + result), stream_of(model), action, result)
     weights_M = torch.ones(states * samples, device=device)
     contestants = {
         kind: partial(_synchronised, partial(update, model, packs_of(tree, kind == "plain", device), weights_M))

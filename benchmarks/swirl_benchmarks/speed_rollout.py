@@ -6,15 +6,16 @@ no barrier), against a batched `generate()` on the whole text at each step. Gree
 two likeliest tokens of `generate()` must lie within `TIE` nats, or the row is counted as different.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from swirl_benchmarks.speed_update import ACTION, tree_of
+from swirl_benchmarks.speed_update import ACTION, stream_of, tree_of
 from swirl_benchmarks.timing import in_turn, show, spread
 
 GOALS = {"fork": 3.5, "rollout": 2.0}
@@ -95,8 +96,7 @@ def fork_figures(model, states: int = 5, samples: int = 4, rounds: int = 3) -> d
     """Seconds of the engine and of `generate()`, their ratio, and how the greedy tokens compare."""
     from swirl_agents.engine import Request
 
-    vocabulary = model.config.get_text_config().vocab_size
-    contexts = [state.context.astype(np.int32) for state in tree_of(states, 1, vocabulary=vocabulary)]
+    contexts = [state.context.astype(np.int32) for state in tree_of(states, 1, stream=stream_of(model))]
 
     def fork(seed: int | None = 0) -> list[Any]:
         engine = engine_of(model, ACTION)
@@ -127,11 +127,12 @@ def fork_figures(model, states: int = 5, samples: int = 4, rounds: int = 3) -> d
 class _Episodes:
     """Prompts, action lengths and tool results of unequal length, drawn once."""
 
-    def __init__(self, count: int, vocabulary: int, seed: int = 0):
-        draw = np.random.default_rng(seed)
+    def __init__(self, count: int, stream: Iterator[int]):
+        draw = np.random.default_rng(0)
 
         def tokens(low: int, high: int) -> np.ndarray:
-            return draw.integers(0, vocabulary, draw.integers(low, high + 1)).astype(np.int32)
+            length = int(draw.integers(low, high + 1))
+            return np.fromiter(islice(stream, length), np.int32, length)
 
         self.prompts = [tokens(100, 200) for _ in range(count)]
         self.wanted = draw.integers(10, 61, (count, STEPS))
@@ -185,9 +186,9 @@ def _act_plainly(model, episodes: _Episodes, said: dict[tuple[int, int], list[in
 
 def rollout_figures(model, counts: Sequence[int] = (32,), rounds: int = 2) -> list[dict[str, Any]]:
     """For each number of episodes: seconds of the engine and of `generate()`, their ratio, and how the greedy tokens compare."""
-    vocabulary, figures = model.config.get_text_config().vocab_size, []
+    figures = []
     for count in counts:
-        episodes = _Episodes(count, vocabulary)
+        episodes = _Episodes(count, stream_of(model))
         seconds = in_turn(
             {"engine": partial(_act, model, episodes), "generate": partial(_act_plainly, model, episodes)},
             rounds if count == 32 else 1, warm_up=0,

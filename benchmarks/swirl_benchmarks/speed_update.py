@@ -8,8 +8,9 @@ Curves over K, G and the prompt are fitted by tokens, action tokens and attended
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import cycle, islice, repeat
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from rich.table import Table
 
 from swirl_benchmarks.timing import in_turn, show, spread
 from swirl_env.errors import SwirlError
+from swirl_env.tasks import load_tasks
 
 ACTION, RESULT, PROMPT = 40, 120, 150
 """Tokens of an action, of a tool's result with its turn, and of the prompt."""
@@ -35,10 +37,23 @@ BEYOND = [(16, 8, 150), (16, 16, 150), (5, 4, 4000), (16, 16, 4000)]
 
 
 def load(name: str) -> Any:
-    """The model, in the precision that it is trained in."""
+    """The model, in the precision that it is trained in. Its `text_T` is real text in its tokens, which all figures are made of: on
+    random tokens models meet activations so large that single precision shows."""
     from swirl_agents.models import load_model
 
-    return load_model(name, training=True)[0]
+    model, tokenizer = load_model(name, training=True)
+    tasks = load_tasks("hotpotqa", "test")
+    paragraphs = (document.text for task_id in tasks.tasks for document in tasks.documents(task_id))
+    model.text_T = np.array(tokenizer(" ".join(paragraphs), add_special_tokens=False, verbose=False).input_ids)
+    return model
+
+
+def stream_of(model) -> Iterator[int]:
+    """Tokens without end: the model's text, or of a random model random ones."""
+    text_T = getattr(model, "text_T", None)
+    if text_T is None:
+        text_T = np.random.default_rng(0).integers(0, model.config.get_text_config().vocab_size, 1 << 16)
+    return cycle(text_T.tolist())
 
 
 def machine(name: str, model) -> dict[str, Any]:
@@ -56,17 +71,21 @@ def tree_of(
     states: int,
     samples: int,
     prompt: int = PROMPT,
-    vocabulary: int = 49_000,
+    stream: Iterator[int] | None = None,
     action: int = ACTION,
     result: int = RESULT,
 ) -> list[Any]:
-    """Random tokens in the shape of a trajectory."""
+    """Tokens in the shape of a trajectory; zeros without a stream."""
     from swirl_algos.tree import State
 
-    draw = np.random.default_rng(0)
-    trunk = draw.integers(0, vocabulary, prompt + (states - 1) * (action + result))
+    tokens = stream or repeat(0)
+
+    def take(count: int) -> np.ndarray:
+        return np.fromiter(islice(tokens, count), np.int64, count)
+
+    trunk = take(prompt + (states - 1) * (action + result))
     lengths = [prompt + k * (action + result) for k in range(states)]
-    return [State(trunk[:n], [draw.integers(0, vocabulary, action) for _ in range(samples)]) for n in lengths]
+    return [State(trunk[:n], [take(action) for _ in range(samples)]) for n in lengths]
 
 
 def work(tree: Sequence[Any]) -> tuple[int, int, int]:
@@ -100,9 +119,9 @@ def update_figures(model, shapes: Sequence[tuple[int, int]] = tuple(GOALS), roun
     from swirl_algos import tree
     from swirl_algos.tree import State
 
-    vocabulary, figures = model.config.get_text_config().vocab_size, []
+    figures = []
     for states, samples in shapes:
-        whole = tree_of(states, samples, vocabulary=vocabulary)
+        whole = tree_of(states, samples, stream=stream_of(model))
         single = [State(state.context, state.actions[:1]) for state in whole]
         few = whole if states * samples <= 20 else [State(state.context, state.actions[:2]) for state in whole]
         weights_M = torch.tensor(
@@ -143,10 +162,8 @@ def curve_figures(model, curve: Sequence[tuple[int, int, int]] = tuple(CURVE), r
     squares of relative errors); points too large to measure, from the fit."""
     import torch
 
-    vocabulary = model.config.get_text_config().vocab_size
-
     def contestant(states: int, samples: int, prompt: int) -> Any:
-        packs = packs_of(tree_of(states, samples, prompt, vocabulary), False, model.device)
+        packs = packs_of(tree_of(states, samples, prompt, stream_of(model)), False, model.device)
         return partial(update, model, packs, torch.ones(states * samples, device=model.device))
 
     seconds = in_turn({str(point): contestant(*point) for point in curve}, rounds)
@@ -188,15 +205,12 @@ def _peak(name: str, packed: bool, states: int, samples: int, trunk: int) -> Non
     import resource
 
     import torch
-    from swirl_algos.tree import State
 
     model = load(name)
-    vocabulary = model.config.get_text_config().vocab_size
     if packed:
-        tree = tree_of(states, samples, trunk - (states - 1) * (ACTION + RESULT), vocabulary)
+        tree = tree_of(states, samples, trunk - (states - 1) * (ACTION + RESULT), stream_of(model))
     else:
-        draw = np.random.default_rng(0)
-        tree = [State(draw.integers(0, vocabulary, trunk - ACTION), [draw.integers(0, vocabulary, ACTION)])]
+        tree = tree_of(1, 1, trunk - ACTION, stream_of(model))
     update(model, packs_of(tree, not packed, model.device), torch.ones(states * samples, device=model.device))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 

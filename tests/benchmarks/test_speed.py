@@ -14,7 +14,6 @@ from swirl_benchmarks.timing import in_turn, spread
 from swirl_env.errors import ConfigError
 
 MODEL = tiny_model(tiny_tokenizer(), context=8192)
-VOCABULARY = MODEL.config.vocab_size
 
 
 def printed(show, report):
@@ -24,7 +23,7 @@ def printed(show, report):
 
 
 def test_work_counts_what_a_pack_holds():
-    states = speed_update.tree_of(3, 2, 20, VOCABULARY, action=5, result=7)
+    states = speed_update.tree_of(3, 2, 20, speed_update.stream_of(MODEL), action=5, result=7)
     [pack] = tree.pack([states], 10_000)
     tokens, action_tokens, pairs = speed_update.work(states)
     assert tokens == pack.tokens
