@@ -204,7 +204,8 @@ class Trajectory:
     steps: tuple[Step, ...]
     stop: StopReason
     outcome: float | None
-    """The task set's official metric of the answer, in [0, 1]; 0 where none was given; `None` if it has no gold."""
+    """The task set's official metric of the answer, in [0, 1]; 0 where none was given; `None` if it has no gold, or if a
+    failure of the policy ended the episode."""
     policy: str
     seed: int
     sample: int = 0

@@ -156,7 +156,7 @@ def test_a_failure_ends_its_episode_and_no_other():
     assert sorted(trajectory.stop for trajectory in trajectories) == ["answered", "answered", "error"]
     [failed] = [trajectory for trajectory in trajectories if trajectory.stop == "error"]
     assert [step.action.thought for step in failed.steps] == ["hm"]
-    assert failed.outcome == 0.0
+    assert failed.outcome is None
 
 
 def test_the_faults_of_a_server_do_not_change_the_episodes():

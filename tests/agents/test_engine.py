@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from swirl_agents import engine as engine_module
-from swirl_agents.engine import Batches, Engine, Request, shared_trunks, why_not
+from swirl_agents.engine import Batches, Engine, Request, why_not
 from swirl_agents.local import LocalPolicy
+from swirl_agents.prefixes import shared_trunks
 from swirl_agents.rollout import rollout
 from swirl_agents.testing import tiny_model, tiny_tokenizer
 
