@@ -22,14 +22,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
-from swirl_agents.attention import attending, grouped
+from swirl_agents.attention import attending, differ, grouped, in_eval_mode, obstacle
 from swirl_agents.prefixes import PrefixStore, shared_trunks
 
 PREFILL_TOKENS = 2048
 """Tokens of states from which on no more are let in at one step."""
-STEP_POSITIONS = 256
+STEP_POSITIONS = 64
 """Buffers grow, and captured graphs differ, by so many positions."""
 
 
@@ -39,6 +38,9 @@ class Row(Protocol):
     ids: list[int]
     finish: str | None
     """`None` while it goes on."""
+
+    def restart(self) -> None:
+        """Forget what was taken: it is drawn anew, by the same seed."""
 
 
 @dataclass(eq=False)
@@ -60,11 +62,6 @@ class Request:
 
 Sample = Callable[[torch.Tensor, Sequence[Any]], None]
 """(logits float[B, V], B rows): appends to each row's `ids` and sets `finish`."""
-
-
-def has_plain_cache(model) -> bool:
-    """Whether a model's cache is keys and values of every token: no sliding window, no state space."""
-    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
 
 # -- slots
@@ -112,8 +109,8 @@ class Engine:
         self.store = PrefixStore(cache_tokens)
         self.static = model.device.type == "cuda"
         """Whether steps without newcomers take static shapes."""
-        self._version: tuple[int, ...] = ()
-        self._waiting: list[tuple[Request, int]] = []  # and the first of its rows that waits
+        self._version: tuple[Any, ...] = ()
+        self._waiting: list[tuple[Request, list[Any]]] = []  # and those of its rows that wait
         self._slots: list[_Slot] = []
         self._buffers: list[
             tuple[torch.Tensor, torch.Tensor]
@@ -125,12 +122,12 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Take a request; its samples enter the batch at the next step."""
-        self._waiting.append((request, 0))
+        self._waiting.append((request, list(request.rows)))
 
     def drop(self, requests: Sequence[Request]) -> None:
         """Forget requests, wherever they are."""
         gone = {id(request) for request in requests}
-        self._waiting = [(request, first) for request, first in self._waiting if id(request) not in gone]
+        self._waiting = [(request, rows) for request, rows in self._waiting if id(request) not in gone]
         for slot in self._slots:
             if id(slot.request) in gone:
                 slot.request.keep = False
@@ -140,8 +137,50 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Let waiting states in as far as there is room, and take one token for each sample, in one forward pass."""
-        self._forget_other_weights()
+        """Let waiting states in as far as there is room, and take one token for each sample, in one forward pass. Where that raises,
+        all samples begin anew at the next step."""
+        if (version := self._now()) != self._version:
+            self.forget()
+            self._version = version
+        before = list(self._waiting)
+        try:
+            self._step()
+        except BaseException:
+            self._waiting = before
+            self._restart()
+            raise
+
+    def forget(self) -> None:
+        """Drop all keys and values, of what is kept and of what is being drawn (those samples begin anew): the model has changed. New
+        weights and adapters are noticed; changes behind autograd's back (`parameter.data`) are not."""
+        self.store.clear()
+        self._graphs.clear()
+        self._restart()
+
+    def free(self) -> None:
+        """As `forget`, and give the memory back."""
+        self.forget()
+        self._buffers, self._owners = [], None
+
+    def _now(self) -> tuple[Any, ...]:
+        version: list[Any] = [parameter._version for parameter in self.model.parameters()]
+        if hasattr(self.model, "peft_config"):
+            for module in self.model.modules():
+                if isinstance(active := getattr(module, "active_adapters", None), list):  # a layer with adapters
+                    version += [module.disable_adapters, *active]
+        return tuple(version)
+
+    def _restart(self) -> None:
+        waiting = {id(row) for _, rows in self._waiting for row in rows}
+        for slot in reversed(self._slots):
+            rows = [row for row in slot.rows if id(row) not in waiting]
+            for row in slot.rows:
+                row.restart()
+            if rows:
+                self._waiting.insert(0, (slot.request, rows))
+        self._slots = []
+
+    def _step(self) -> None:
         busy = [
             (place, lane)
             for place, slot in enumerate(self._slots)
@@ -164,48 +203,41 @@ class Engine:
         self.sample(logits[: len(busy)] if not pieces else logits[source], rows)
         self._release()
 
-    def _forget_other_weights(self) -> None:
-        version = tuple(parameter._version for parameter in self.model.parameters())
-        if version != self._version:
-            self.store.clear()
-            self._version = version
-
     # -- entering
 
     def _admit(self) -> list[_Piece]:
         """Give slots to waiting states; what is to be prefilled of them."""
-        chosen: list[tuple[Request, int, int]] = []
+        chosen: list[tuple[Request, list[Any]]] = []
         longest, new = max((self._needs(slot.request, len(slot.rows)) for slot in self._slots), default=0), 0
         while self._waiting and (not chosen or new < PREFILL_TOKENS):
-            request, first = self._waiting[0]
+            request, rows = self._waiting[0]
             count = len(self._slots) + len(chosen) + 1
-            room = self.batch_tokens // count
-            lanes = min(len(request.rows) - first, max(1, (room - len(request.ids)) // self.max_new_tokens))
+            room = self.batch_tokens // (count + 1)  # `_reserve` takes a slot more
+            lanes = min(len(rows), max(1, (room - STEP_POSITIONS - len(request.ids)) // self.max_new_tokens))
             wide = max(longest, self._needs(request, lanes))
             if count > 1 and wide > room:
                 break
-            longest, new = wide, new + len(request.ids)
-            chosen.append((request, first, first + lanes))
-            if first + lanes < len(request.rows):
-                self._waiting[0] = request, first + lanes
-            else:
-                self._waiting.pop(0)
+            longest, new = wide, new + len(request.ids) - self.store.find(request.ids)[0]
+            chosen.append((request, rows[:lanes]))
+            self._waiting[:1] = [(request, rows[lanes:])] if lanes < len(rows) else []
         if not chosen:
             return []
         self._reserve(len(self._slots) + len(chosen), longest)
-        for trunk in shared_trunks([request.ids for request, _, _ in chosen]):
+        for trunk in shared_trunks([request.ids for request, _ in chosen]):
             if self.store.find(trunk)[0] < len(trunk) - 1:
                 self._keep_trunk(trunk)
         pieces = []
-        for request, first, last in chosen:
-            if last - first < len(request.rows) and self.store.find(request.ids)[0] < len(request.ids) - 1:
+        for request, rows in chosen:
+            if len(rows) < len(request.rows) and self.store.find(request.ids)[0] < len(request.ids) - 1:
                 self._keep_trunk(request.ids)  # its other samples come later
             pieces.append(self._enter(len(self._slots), request.ids))
-            self._slots.append(_Slot(request, list(request.rows[first:last]), len(request.ids)))
+            self._slots.append(_Slot(request, rows, len(request.ids)))
         return pieces
 
     def _needs(self, request: Request, lanes: int) -> int:
-        return len(request.ids) + lanes * self.max_new_tokens
+        """Positions of a slot, one more for padding, in whole steps."""
+        positions = len(request.ids) + lanes * self.max_new_tokens + 1
+        return -(-positions // STEP_POSITIONS) * STEP_POSITIONS
 
     def _enter(self, place: int, ids: np.ndarray) -> _Piece:
         """Copy what is kept of a state into a free slot."""
@@ -312,18 +344,18 @@ class Engine:
         self.store.put(ids, copied)
 
     def _reserve(self, slots: int, positions: int) -> None:
-        """Buffers of at least this size (and a slot and a position more, for shared beginnings and padding)."""
+        """Buffers of at least this size, and a slot more for shared beginnings and padding."""
         if not self._buffers:
             layers: list[Any] = _one_token(self.model).layers
             self._buffers = [(layer.keys[:, :, :0], layer.values[:, :, :0]) for layer in layers]
             self._owners = torch.full((1, 0), FREE, dtype=torch.int16, device=self.model.device)
-        have = self._owners.shape
-        need = slots + 1, -(-(positions + 1) // STEP_POSITIONS) * STEP_POSITIONS
-        if need[0] <= have[0] and positions + 1 <= have[1]:
+        have, need = self._owners.shape, (slots + 1, positions)
+        if need[0] <= have[0] and need[1] <= have[1]:
             return
-        size = max(need[0], have[0]), max(need[1], have[1])
-        if size[0] * size[1] > 2 * self.batch_tokens:  # few long states after many short ones, or the other way
-            size = need
+        # twice the slots, so that this is rare; but no more than the budget, or what is needed
+        size = max(2 * need[0], have[0]), max(need[1], have[1])
+        if size[0] * size[1] > self.batch_tokens:
+            size = max(need[0], self.batch_tokens // need[1]), need[1]
         self._graphs.clear()
         busy, reach = len(self._slots), max((slot.used for slot in self._slots), default=0)
 
@@ -332,7 +364,8 @@ class Engine:
             new[:busy, :, :reach] = old[:busy, :, :reach]
             return new
 
-        self._buffers = [(grown(keys), grown(values)) for keys, values in self._buffers]
+        for i, (keys, values) in enumerate(self._buffers):
+            self._buffers[i] = grown(keys), grown(values)
         owners = torch.full(size, FREE, dtype=torch.int16, device=self._owners.device)
         owners[:busy, :reach] = self._owners[:busy, :reach]
         self._owners = owners
@@ -384,11 +417,12 @@ class _Batch:
                 piece.mask = self._additive(seen)
 
     def _additive(self, seen: torch.Tensor) -> torch.Tensor:
-        dtype = self.engine.model.dtype
+        dtype = self.engine._buffers[0][0].dtype
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
     def attend(self, module, query, key, value, scale: float | None) -> torch.Tensor:
         keys, values = self.engine._buffers[module.layer_idx]
+        query, key, value = (part.to(keys.dtype) for part in (query, key, value))  # under autocast they may differ
         keys[self.slot_N, :, self.write_N] = key[0].transpose(0, 1)
         values[self.slot_N, :, self.write_N] = value[0].transpose(0, 1)
         attention, heads = torch.nn.functional.scaled_dot_product_attention, key.shape[1]
@@ -462,7 +496,7 @@ class _Static:
                 self._step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # tools may use the GPU meanwhile
             self._step()
         return graph
 
@@ -488,62 +522,7 @@ def _one_token(model) -> Any:
     return model(ids, use_cache=True, past_key_values=DynamicCache(config=model.config)).past_key_values
 
 
-# -- models of other kinds
-
-
-class Batches:
-    """The same interface for any causal model: whole batches, padded on the left, with the model's own cache."""
-
-    def __init__(self, model, sample: Sample, *, max_new_tokens: int, batch_tokens: int, pad_id: int):
-        self.model, self.sample, self.pad_id = model, sample, pad_id
-        self.max_new_tokens, self.batch_tokens = max_new_tokens, batch_tokens
-        self._waiting: list[Request] = []
-
-    def add(self, request: Request) -> None:
-        self._waiting.append(request)
-
-    def drop(self, requests: Sequence[Request]) -> None:
-        self._waiting = [request for request in self._waiting if request not in requests]
-
-    def step(self) -> None:
-        """Run as many of the waiting requests as there is room for, to their end."""
-        batch: list[Request] = []
-        rows = longest = 0
-        for request in sorted(self._waiting, key=lambda one: len(one.ids)):
-            rows, longest = rows + len(request.rows), max(longest, len(request.ids) + self.max_new_tokens)
-            if batch and rows * longest > self.batch_tokens:
-                break
-            batch.append(request)
-        if batch:
-            self._run(batch)
-        for request in batch:
-            self._waiting.remove(request)
-            request.left = 0
-
-    @torch.inference_mode()
-    def _run(self, batch: list[Request]) -> None:
-        rows = [row for request in batch for row in request.rows]
-        prompts = [request.ids for request in batch for _ in request.rows]
-        longest = max(map(len, prompts))
-        ids = np.full((len(rows), longest), self.pad_id, np.int64)
-        mask = np.zeros((len(rows), longest), np.int64)
-        for i, prompt in enumerate(prompts):
-            ids[i, longest - len(prompt) :], mask[i, longest - len(prompt) :] = prompt, 1
-        device = self.model.device
-        tokens, mask_BP = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
-        cache: Any = None
-        while True:
-            positions = (mask_BP.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-            out = self.model(
-                tokens, attention_mask=mask_BP, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )  # fmt: skip
-            cache, logits = out.past_key_values, out.logits[:, -1]
-            going = [i for i, row in enumerate(rows) if row.finish is None]
-            self.sample(logits[going], [rows[i] for i in going])
-            if all(row.finish is not None for row in rows):
-                return
-            tokens = torch.tensor([[row.ids[-1]] for row in rows], device=device)
-            mask_BP = torch.cat([mask_BP, mask_BP.new_ones(len(rows), 1)], 1)
+# -- which models
 
 
 class _Fixed:
@@ -553,34 +532,37 @@ class _Fixed:
         self.tokens, self.ids, self.seen = tokens.tolist(), list[int](), list[torch.Tensor]()
         self.finish: str | None = None
 
+    def restart(self) -> None:
+        self.ids, self.seen, self.finish = [], [], None
+
 
 def why_not(model) -> str | None:
-    """Why `Engine` cannot run a model, in a sentence; `None` if it can. Tries a few tokens against the model's own forward pass."""
-    if not has_plain_cache(model):
-        return "it keeps no plain keys and values of every token (a sliding window or a state space)"
+    """Why `Engine` cannot run a model, in a clause; `None` if it can. Tries a few tokens against the model's own forward pass."""
+    if (reason := obstacle(model)) is not None:
+        return reason
     draw = np.random.default_rng(0)
     texts = [draw.integers(0, model.config.get_text_config().vocab_size, n) for n in (9, 6)]
     rows = [_Fixed(text[-3:]) for text in texts]
 
     def take(logits: torch.Tensor, some: Sequence[_Fixed]) -> None:
         for row, logits_V in zip(some, logits, strict=True):
-            row.seen.append(logits_V.float())
+            row.seen.append(torch.log_softmax(logits_V.float(), -1)[row.tokens[len(row.ids)]])
             row.ids.append(row.tokens[len(row.ids)])
             row.finish = "stop" if len(row.ids) == 3 else None
 
-    engine = Engine(model, take, max_new_tokens=3, batch_tokens=64, cache_tokens=64)
     try:
-        for text, row in zip(texts, rows, strict=True):
-            engine.add(Request(text[:-3], [row]))
-            engine.step()  # the second joins the first
-        while any(row.finish is None for row in rows):
-            engine.step()
-        with torch.inference_mode():
-            plain = [model(torch.from_numpy(text)[None].to(model.device)).logits[0, -4:-1].float() for text in texts]
+        with in_eval_mode(model), torch.inference_mode():
+            engine = Engine(model, take, max_new_tokens=3, batch_tokens=512, cache_tokens=64)
+            for text, row in zip(texts, rows, strict=True):
+                engine.add(Request(text[:-3], [row]))
+                engine.step()  # the second joins the first
+            while any(row.finish is None for row in rows):
+                engine.step()
+            plain = []
+            for text in texts:
+                ids = torch.from_numpy(text).to(model.device)
+                table = torch.log_softmax(model(ids[None]).logits[0, -4:-1].float(), -1)
+                plain.append(table.gather(-1, ids[-3:, None])[:, 0])
     except Exception as error:  # model code raises whatever it likes
         return f"its code does not take our attention ({type(error).__name__}: {error})"
-    apart = max(float((torch.stack(row.seen) - logits).abs().max()) for row, logits in zip(rows, plain, strict=True))
-    scale = max(float(logits.abs().max()) for logits in plain)
-    if apart > (1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1) * scale:
-        return f"on a small example its logits differ by {apart:.2g}"
-    return None
+    return differ(torch.stack([one for row in rows for one in row.seen]), torch.cat(plain), model.dtype)

@@ -6,6 +6,7 @@ but rounding. Ids and log-probs are kept exactly as sampled.
 """
 
 import threading
+import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from functools import cached_property
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from swirl_agents.engine import Batches, Engine, Request, why_not
+from swirl_agents.batches import Batches
+from swirl_agents.engine import Engine, Request, why_not
 from swirl_agents.rendering import Encoded, Renderer
 from swirl_env.errors import ConfigError
 from swirl_env.types import Completion, Tokens, Transcript
@@ -49,7 +51,7 @@ class LocalPolicy:
         self.top_logprobs = top_logprobs
         self.batch_tokens, self.cache_tokens = batch_tokens, cache_tokens
         self.lock = threading.RLock()  # sessions share the engine, and may be in several threads
-        self.context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
         eos = model.generation_config.eos_token_id if model.generation_config else None
         ends = eos if isinstance(eos, list) else [eos]
         self.eos_ids = {self.renderer.eos_id, *(token for token in ends if token is not None)}
@@ -73,13 +75,23 @@ class LocalPolicy:
         """States that come and go while others are being answered."""
         return Session(self)
 
+    def free(self) -> None:
+        """Give back the memory of keys and values; they are made again when asked for. (New weights are noticed; call this where
+        weights were changed through `parameter.data`.)"""
+        with self.lock:
+            self._engine.free()
+
     @cached_property
     def _engine(self) -> Engine | Batches:
-        if why_not(self.model) is None:
+        if (reason := why_not(self.model)) is None:
             return Engine(
                 self.model, self._sample, max_new_tokens=self.max_new_tokens, batch_tokens=self.batch_tokens,
                 cache_tokens=self.cache_tokens,
             )  # fmt: skip
+        warnings.warn(
+            f"The rollout engine cannot run this model: {reason}. Whole batches are used, which are slower.",
+            stacklevel=4,
+        )
         return Batches(
             self.model, self._sample, max_new_tokens=self.max_new_tokens, batch_tokens=self.batch_tokens,
             pad_id=self.renderer.eos_id,
@@ -201,7 +213,10 @@ class _Row:
 
     def __init__(self, uniforms: np.ndarray, stop: tuple[str, ...]):
         self.uniforms, self.stop = uniforms, stop
-        self.tail = max((len(text) for text in stop), default=0) + 4
+        self.tail = max((len(text.encode()) for text in stop), default=0) + 4  # a token may be a single byte
+        self.restart()
+
+    def restart(self) -> None:
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.alternatives: list[dict[int, float]] = []

@@ -10,7 +10,7 @@ import hashlib
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -95,7 +95,8 @@ def rollout(
         )
     waiting = iter(jobs)
     free: list[gym.Env] = []
-    session = policy.session() if hasattr(policy, "session") else _Batches(policy)
+    session = policy.session() if hasattr(policy, "session") else _Asked(policy)
+    together = ALL_COMPLETED if isinstance(session, _Asked) else FIRST_COMPLETED
     steps = _Steps(min(batch_size, MAX_THREADS))
     running = 0
     try:
@@ -112,7 +113,7 @@ def rollout(
                 return
             for episode, completions in session.poll() if len(session) else ():
                 steps.take(episode, completions[0] if completions else None)
-            for episode in steps.done(block=not len(session)):
+            for episode in steps.done(None if len(session) else together):
                 if episode.stop is None:
                     session.add(episode, episode.state(seed, round), 1)
                 else:
@@ -124,7 +125,7 @@ def rollout(
         steps.close()
 
 
-class _Batches:
+class _Asked:
     """The session of a policy that has none: all waiting states in one call."""
 
     def __init__(self, policy: Policy):
@@ -166,11 +167,12 @@ class _Steps:
         self._slow = time.perf_counter() - began > SLOW_SECONDS
         self._done.append(episode)
 
-    def done(self, block: bool) -> list[_Episode]:
-        """Episodes whose step is taken; waits for one if told to. Raises what a step raised."""
+    def done(self, until: str | None) -> list[_Episode]:
+        """Episodes whose step is taken; waits for the first or for all, if told to. Raises what a step raised."""
         done, self._done = self._done, []
         if self._flying:
-            wait(self._flying, 0 if done or not block else None, FIRST_COMPLETED)
+            if until == ALL_COMPLETED or until and not done:
+                wait(self._flying, return_when=until)
             for future in [future for future in self._flying if future.done()]:
                 done.append(self._flying.pop(future))
                 future.result()

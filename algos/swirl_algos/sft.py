@@ -53,7 +53,7 @@ def train(
     """
     renderer = Renderer(tokenizer)
     encoded = [row for trajectory in trajectories if trajectory.steps for row in _rows(renderer, trajectory)]
-    context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     fitting = [one for one in encoded if len(one.ids) <= context]
     if not fitting:
         raise TrainingError(

@@ -75,9 +75,10 @@ def train(
     usable = [trajectory for trajectory in trajectories if trajectory.steps]
     if not usable:
         raise TrainingError("No trajectory is left to train on. Generate more, or use a filter that keeps some.")
+    model.eval()
     lay_out = tree.plain if config.reference else layout_for(model)
-    # an adapter is its own reference when it is off (peft)
-    reference = model if hasattr(model, "disable_adapter") else copy.deepcopy(model).requires_grad_(False).eval()
+    # a model whose fresh adapter does nothing yet is its own reference with the adapter off (peft)
+    reference = model if _fresh_adapter(model) else copy.deepcopy(model).requires_grad_(False)
     policy = LocalPolicy(
         model, tokenizer, temperature=config.temperature, max_new_tokens=config.max_new_tokens, seed=seed
     )
@@ -97,6 +98,7 @@ def train(
             for one in drawn:
                 record(one)
         metrics: dict[str, Any] = {"update": update, "updates": len(batches), **_count(candidates)}
+        policy.free()  # its keys and values are dead after this update, and the update needs the room
         trees, advantages_M = branches(policy.renderer, batch, candidates)
         metrics["over_budget"] = len(tree.over_budget(trees, config.row_tokens))
         metrics["scored"] = len(advantages_M) - metrics["over_budget"]
@@ -154,6 +156,14 @@ def sample_candidates(
             for g, (completion, verdict, advantage) in enumerate(zip(completions, judged, advantages, strict=True))
         ]  # fmt: skip
         yield i, actions, drawn
+
+
+def _fresh_adapter(model) -> bool:
+    """Whether a model is one with LoRA adapters that change nothing yet: every B is zero."""
+    if not hasattr(model, "disable_adapter"):
+        return False
+    added = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    return any("lora_B" in name for name in added) and not any(p.any() for name, p in added.items() if "lora_B" in name)
 
 
 def layout_for(model) -> Callable[..., Iterator[tree.Pack]]:

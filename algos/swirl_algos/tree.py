@@ -23,8 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from swirl_agents.attention import attending, grouped
-from swirl_agents.engine import has_plain_cache
+from swirl_agents.attention import attending, differ, grouped, in_eval_mode, obstacle
 from transformers import AttentionInterface
 
 CHUNK_LOGITS = 1 << 25
@@ -85,7 +84,7 @@ class Layout:
     def masks(self, like: torch.Tensor, repeats: int) -> list[torch.Tensor]:
         """For each group, additive [repeats x n, S + n]: its branches see the trunk up to their state, and each itself. Made once,
         so that all layers share it."""
-        key = like.dtype, like.device
+        key = like.dtype, like.device, repeats
         if key not in self._masks:
             self._masks[key] = [
                 _mask(sum(segments[: group.segments]), group.lengths, like).repeat(repeats, 1)
@@ -151,7 +150,9 @@ def plain(trees: Sequence[Tree], budget_tokens: int, device: torch.device | str 
     for first, state in _numbered(trees):
         rows = [(g, a) for g, a in enumerate(map(np.asarray, state.actions), first) if len(a) and g not in skipped]
         context = np.asarray(state.context)
-        longest = max((len(a) for _, a in rows), default=0) - 1
+        if not rows:
+            continue
+        longest = max(len(a) for _, a in rows) - 1
         many = max(1, budget_tokens // (len(context) + longest))
         for some in (rows[i : i + many] for i in range(0, len(rows), many)):
             ids = np.stack(
@@ -164,7 +165,7 @@ def plain(trees: Sequence[Tree], budget_tokens: int, device: torch.device | str 
 
 
 def pack(trees: Sequence[Tree], budget_tokens: int, device: torch.device | str = "cpu") -> Iterator[Pack]:
-    """As few rows as a budget of tokens allows.
+    """Trees side by side, in the order given, as many in a row as a budget of tokens allows.
 
     Args:
         trees: the states of each trajectory.
@@ -436,20 +437,18 @@ def _log_softmax(logits_nV: torch.Tensor, temperature: float) -> torch.Tensor:
 def why_not(model) -> str | None:
     """Why a model cannot be packed, in a sentence; `None` if it can. Tries a small tree, so that a family with ways of its own
     (positions inside its attention, another output head) is found out and not trusted."""
-    if not has_plain_cache(model):
-        return "it keeps no plain keys and values of every token (a sliding window or a state space)"
+    if (reason := obstacle(model)) is not None:
+        return reason
     draw = np.random.default_rng(0)
     vocabulary = model.config.get_text_config().vocab_size
     trunk = draw.integers(0, vocabulary, 23)
     tree = [State(trunk[:s], [draw.integers(0, vocabulary, n) for n in (5, 1, 3)]) for s in (3, 11, 23)]
     device = model.device
     try:
-        [packed] = pack([tree], 100, device)
-        fast_N = logprobs(model, packed)
-        plain_N = torch.cat([logprobs(model, one) for one in plain([tree], 100, device)])
+        with in_eval_mode(model):
+            [packed] = pack([tree], 100, device)
+            fast_N = logprobs(model, packed)
+            plain_N = torch.cat([logprobs(model, one) for one in plain([tree], 100, device)])
     except Exception as error:  # model code raises whatever it likes
         return f"its code does not take a branching row ({type(error).__name__}: {error})"
-    apart = float((fast_N - plain_N).abs().max())
-    if apart > (1e-3 if model.dtype == torch.float32 else 0.1 if model.dtype != torch.float64 else 1e-6):
-        return f"on a small tree its log-probs differ from plain rows by {apart:.2g}"
-    return None
+    return differ(fast_N, plain_N, model.dtype)

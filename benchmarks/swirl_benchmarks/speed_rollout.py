@@ -25,20 +25,22 @@ TIE = 1e-4
 
 
 class Row:
-    """Takes tokens until it has as many as it wants; greedy or drawn."""
+    """Takes tokens until it has as many as it wants; greedy, or drawn."""
 
-    def __init__(self, wanted: int, seed: int | None = None):
-        self.wanted, self.ids, self.finish = wanted, list[int](), None
-        self.draw = None if seed is None else np.random.default_rng(seed)
+    def __init__(self, wanted: int, greedy: bool = True):
+        self.wanted, self.greedy = wanted, greedy
+        self.restart()
+
+    def restart(self) -> None:
+        self.ids: list[int] = []
+        self.finish: str | None = None
 
 
 def _sample(logits, rows: Sequence[Any]) -> None:
     import torch
 
-    if rows[0].draw is None:
-        chosen = logits.argmax(-1)
-    else:
-        chosen = torch.multinomial(torch.softmax(logits.float(), -1), 1)[:, 0]
+    greedy = rows[0].greedy
+    chosen = logits.argmax(-1) if greedy else torch.multinomial(torch.softmax(logits.float(), -1), 1)[:, 0]
     for row, token in zip(rows, chosen.tolist(), strict=True):
         row.ids.append(token)
         row.finish = "length" if len(row.ids) == row.wanted else None
@@ -71,7 +73,7 @@ def generate(model, contexts: Sequence[np.ndarray], wanted: Sequence[int], sampl
     out = model.generate(
         ids, attention_mask=mask, stopping_criteria=StoppingCriteriaList([Enough()]),
         generation_config=GenerationConfig(
-            max_new_tokens=max(wanted), do_sample=not greedy, num_return_sequences=samples, eos_token_id=None, pad_token_id=0,
+            max_new_tokens=max(wanted), do_sample=not greedy, num_return_sequences=samples, top_k=0, eos_token_id=None, pad_token_id=0,
             return_dict_in_generate=True, output_logits=greedy,
         ),
     )  # fmt: skip
@@ -98,9 +100,9 @@ def fork_figures(model, states: int = 5, samples: int = 4, rounds: int = 3) -> d
 
     contexts = [state.context.astype(np.int32) for state in tree_of(states, 1, stream=stream_of(model))]
 
-    def fork(seed: int | None = 0) -> list[Any]:
+    def fork(greedy: bool = False) -> list[Any]:
         engine = engine_of(model, ACTION)
-        requests = [Request(ids, [Row(ACTION, seed) for _ in range(samples)]) for ids in contexts]
+        requests = [Request(ids, [Row(ACTION, greedy) for _ in range(samples)]) for ids in contexts]
         for request in requests:
             engine.add(request)
         while any(request.left for request in requests):
@@ -113,7 +115,7 @@ def fork_figures(model, states: int = 5, samples: int = 4, rounds: int = 3) -> d
 
     seconds = in_turn({"fork": fork, "generate": plain}, rounds)
     compared = {"same": 0, "tie": 0, "different": 0}
-    for request in fork(seed=None):
+    for request in fork(greedy=True):
         [want], [lead] = generate(model, [request.ids], [ACTION])
         for row in request.rows:
             compared[_apart(row.ids, want, lead)] += 1
@@ -231,6 +233,7 @@ def print_rollout(report: dict[str, Any], console: Console) -> None:
         missed = " (missed)" if one["goal"] and one["ratio"]["median"] < one["goal"] else ""
         table.add_row(
             name, show(one["seconds"], 2), show(one["generate_seconds"], 2), show(one["ratio"], 2) + missed,
-            str(one["goal"] or ""), " / ".join(map(str, one["greedy"].values())),
+            str(one["goal"] or ""),
+            " / ".join(map(str, one["greedy"].values())) + (" (missed)" if one["greedy"]["different"] else ""),
         )  # fmt: skip
     console.print(table)

@@ -243,7 +243,7 @@ def print_update(report: dict[str, Any], console: Console) -> None:
         table.add_row(
             f"{one['states']} x {one['samples']}", show(one["packed_seconds"], 2), show(one["plain_seconds"], 2),
             show(one["ratio"], 2) + missed, f"{one['goal']}", f"{one['tokens_packed']:,} / {one['tokens_plain']:,}",
-            f"{one['logprob_difference']:.1e}", f"{one['gradient_difference']:.1e}",
+            _within(one["logprob_difference"], LOGPROB_GOAL), _within(one["gradient_difference"], GRADIENT_GOAL),
         )  # fmt: skip
     console.print(table)
     if memory := report.get("memory"):
@@ -267,6 +267,10 @@ def print_update(report: dict[str, Any], console: Console) -> None:
             f"{curve['fit']['attended_pair'] * 1e9:.2f} ns an attended pair; largest error {curve['largest_error']:.0%} (at most "
             f"{curve['goal']:.0%}){missed}"
         )
+
+
+def _within(value: float, goal: float) -> str:
+    return f"{value:.1e}" + (f" (over {goal:.0e})" if value > goal else "")
 
 
 def plot_update(curve: dict[str, Any], path: str) -> None:

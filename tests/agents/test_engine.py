@@ -1,6 +1,8 @@
 """The rollout engine against `generate()`, token for token: forks, continuations, newcomers, budgets, families of models."""
 
+import copy
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import gymnasium as gym
@@ -10,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from swirl_agents import engine as engine_module
-from swirl_agents.engine import Batches, Engine, Request, why_not
+from swirl_agents.batches import Batches
+from swirl_agents.engine import Engine, Request, why_not
 from swirl_agents.local import LocalPolicy
 from swirl_agents.prefixes import shared_trunks
 from swirl_agents.rollout import rollout
@@ -58,7 +61,19 @@ MODELS = {
     "neox": build("GPTNeoX", intermediate_size=64),
     "granite": build("Granite", intermediate_size=64, num_key_value_heads=1, attention_multiplier=0.2),
 }
+
+
+def mamba():
+    import transformers
+
+    config = transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4)
+    config.bos_token_id = config.eos_token_id = None
+    torch.manual_seed(0)
+    return transformers.MambaForCausalLM(config).eval()
+
+
 OTHERS = {
+    "mamba": mamba(),
     "window": build("Mistral", intermediate_size=64, num_key_value_heads=2, sliding_window=8),
     "alibi": bloom(),
 }
@@ -68,7 +83,11 @@ class Row:
     """Takes the likeliest token until it has as many as it wants."""
 
     def __init__(self, wanted):
-        self.wanted, self.ids, self.finish = wanted, [], None
+        self.wanted = wanted
+        self.restart()
+
+    def restart(self):
+        self.ids, self.finish = [], None
 
 
 def greedy(logits, rows):
@@ -262,9 +281,112 @@ def test_models_of_other_kinds_run_in_batches(family):
         assert_generated(model, request.ids, request.rows[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", MODELS)
-def test_families_that_the_engine_runs(family):
-    assert why_not(MODELS[family]) is None
+def test_families_that_the_engine_runs(family, dtype):
+    assert why_not(copy.deepcopy(MODELS[family]).to(dtype)) is None
+
+
+def test_a_model_in_training_mode_is_tried_without_dropout():
+    model = gpt2().train()
+    assert why_not(model) is None
+    assert model.training
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_longest_text_are_refused(kind):
+    rope = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 2.0, "original_max_position_embeddings": 64}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    model = build("Llama", intermediate_size=64, num_key_value_heads=2, rope_parameters=rope)
+    assert kind in why_not(model)
+
+
+def test_rows_of_one_state_are_split_by_the_budget_of_batches():
+    rows, seen = [Row(3) for _ in range(40)], []
+
+    def counting(logits, some):
+        seen.append(len(some))
+        greedy(logits, some)
+
+    request = Request(np.arange(1, 9, dtype=np.int32), rows)
+    batches = Batches(OTHERS["window"], counting, max_new_tokens=12, batch_tokens=100, pad_id=0)
+    batches.add(request)
+    while request.left:
+        batches.step()
+    assert max(seen) == 5
+    assert all(row.ids == rows[0].ids for row in rows)
+
+
+def test_buffers_stay_within_the_budget():
+    draw = np.random.default_rng(4)
+    requests = [Request(draw.integers(0, VOCABULARY, 20).astype(np.int32), [Row(8)]) for _ in range(200)]
+    engine = make(MODELS["llama"], batch_tokens=4096, longest=8)
+    for request in requests:
+        engine.add(request)
+    while any(request.left for request in requests):
+        engine.step()
+        assert engine._owners.numel() <= 4096
+    assert_generated(MODELS["llama"], requests[-1].ids, requests[-1].rows[0])
+
+
+def test_a_step_that_raises_loses_nobody():
+    engine, broken = make(MODELS["llama"]), [False]
+
+    def sample(logits, rows):
+        if broken[0]:
+            raise MemoryError("no room")
+        greedy(logits, rows)
+
+    engine.sample = sample
+    requests = [Request(np.arange(n, n + 6, dtype=np.int32), [Row(6), Row(4)]) for n in range(3)]
+    engine.add(requests[0])
+    engine.step()
+    for request in requests[1:]:
+        engine.add(request)
+    broken[0] = True
+    with pytest.raises(MemoryError):
+        engine.step()
+    broken[0] = False
+    while any(request.left for request in requests):
+        engine.step()
+    for request in requests:
+        for row in request.rows:
+            assert len(row.ids) == row.wanted
+            assert_generated(MODELS["llama"], request.ids, row)
+
+
+def test_new_weights_begin_samples_anew():
+    model = build("Llama", intermediate_size=64, num_key_value_heads=2)
+    engine = make(model)
+    request = Request(np.arange(1, 9, dtype=np.int32), [Row(8)], keep=True)
+    engine.add(request)
+    for _ in range(3):
+        engine.step()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1.0)
+        model.model.layers[0].mlp.up_proj.weight.mul_(-1.0)
+    while request.left:
+        engine.step()
+    assert_generated(model, request.ids, request.rows[0])
+    again = Request(request.ids, [Row(8)])
+    finish(engine, [again])
+    assert again.rows[0].ids == request.rows[0].ids
+
+
+def test_an_adapter_that_is_switched_off_is_noticed():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        copy.deepcopy(MODELS["llama"]),
+        peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
+    ).eval()
+    ids, engine = np.arange(1, 20, dtype=np.int32), make(model)
+    on, off = Request(ids, [Row(8)], keep=True), Request(ids, [Row(8)], keep=True)
+    finish(engine, [on])
+    with model.disable_adapter():
+        finish(engine, [off])
+        assert_generated(model, ids, off.rows[0])
+    assert on.rows[0].ids != off.rows[0].ids
 
 
 @given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=5), max_size=6))
@@ -299,6 +421,94 @@ def test_two_sessions_do_not_mix():
             found.update(second.poll())
     for got, want in zip((found["a"], found["b"]), expected, strict=True):
         assert [one.tokens.action_ids.tolist() for one in got] == [one.tokens.action_ids.tolist() for one in want]
+
+
+def test_two_policies_of_one_model_take_turns():
+    model = tiny_model(TOKENIZER)
+    before = model.config._attn_implementation
+    policies = [LocalPolicy(model, TOKENIZER, max_new_tokens=12, seed=seed) for seed in range(4)]
+    states = [state(text) for text in ("one", "two", "three")]
+    expected = [
+        [one[0].text for one in LocalPolicy(model, TOKENIZER, max_new_tokens=12, seed=n)(states)] for n in range(4)
+    ]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            found = list(pool.map(lambda policy: [one[0].text for one in policy(states)], policies))
+            assert found == expected
+    assert model.config._attn_implementation == before
+
+
+def test_the_engine_says_why_it_cannot_run_a_model():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    model = MistralForCausalLM(MistralConfig(
+        vocab_size=len(TOKENIZER), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=8, eos_token_id=TOKENIZER.eos_token_id,
+    )).eval()  # fmt: skip
+    with pytest.warns(UserWarning, match="cannot run this model: it keeps no plain keys"):
+        LocalPolicy(model, TOKENIZER, max_new_tokens=3)([state("x")])
+
+
+def test_stop_strings_of_any_script_are_found():
+    policy = LocalPolicy(tiny_model(TOKENIZER), TOKENIZER, max_new_tokens=40)
+    policy.eos_ids = set()
+    wanted = iter([*"ab", *("。" * 8).encode(), *"cdefgh"])
+    bytes_of = {value: key for key, value in enumerate_bytes().items()}
+
+    def draw(logits, uniforms):
+        value = next(wanted)
+        return [bytes_of[ord(value) if isinstance(value, str) else value]], [0.0]
+
+    policy._draw = draw
+    [[one]] = policy([state("x", stop=("。" * 8,))])
+    assert one.finish == "stop"
+    assert one.text.endswith("。" * 8)
+
+
+def enumerate_bytes():
+    """Token id -> byte, of the byte-level tokenizer."""
+    from tokenizers import pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    letters = {}
+    for value in range(256):
+        text = bytes([value]).decode("latin-1")
+        if value < 128:
+            letters[level.pre_tokenize_str(text)[0][0]] = value
+        else:
+            first, second = level.pre_tokenize_str(text)[0][0]
+            encoded = text.encode()
+            letters[first], letters[second] = encoded[0], encoded[1]
+    for text in ("。",):
+        for letter, value in zip(level.pre_tokenize_str(text)[0][0], text.encode(), strict=True):
+            letters[letter] = value
+    return {alphabet.index(letter): value for letter, value in letters.items()}
+
+
+def test_policies_without_a_session_are_asked_about_all_at_once():
+    sizes = []
+
+    class Slow(gym.Wrapper):
+        def step(self, action):
+            threading.Event().wait(0.002 * (1 + len(self.unwrapped.steps)))
+            return self.env.step(action)
+
+    class Thinker:
+        name = "thinker"
+
+        def __call__(self, transcripts, n=1):
+            from swirl_env.types import Completion
+
+            sizes.append(len(transcripts))
+            return [[Completion("<think>hm</think>", None, "eos")] for _ in transcripts]
+
+    def make_env():
+        return Slow(gym.make("swirl/GSM8K-v0", max_steps=4))
+
+    tasks = [(task, 0) for task in list(make_env().unwrapped.task_set.tasks)[:6]]
+    assert len(list(rollout(make_env, Thinker(), tasks))) == 6
+    assert sizes == [6] * 4
 
 
 def test_a_session_that_is_closed_leaves_nothing_behind():

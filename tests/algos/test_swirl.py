@@ -166,7 +166,7 @@ def test_a_model_that_cannot_be_packed_trains_on_plain_rows():
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             swirl.train(model, TOKENIZER, GOLD[:1], EvenLetters(), GRAMMAR, swirl_config, log=seen.append)
-        assert any("sliding window" in str(one.message) for one in told) is not reference
+        assert any("cannot be packed: it keeps no plain" in str(one.message) for one in told) is not reference
         losses.append(seen[0]["loss"])
     assert losses[0] == losses[1]
 
@@ -194,6 +194,26 @@ def test_a_template_that_drops_old_thoughts_trains_on_what_it_shows():
     assert rows[1] < rows[0]  # the samples of a state still share it
     learned = [renderer.decode(r.ids[slice(*s)]) for r in sft._rows(renderer, thought[0]) for s in r.spans]
     assert learned == [step.action.text for step in thought[0].steps]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_reference_of_an_adapter_is_the_starting_checkpoint(trained):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1, init_lora_weights=not trained)
+    model, seen = peft.get_peft_model(tiny_model(TOKENIZER, seed=1), config), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # it is packed, in training mode too
+        swirl.train(
+            model.train(),
+            TOKENIZER,
+            GOLD[:4],
+            EvenLetters(),
+            GRAMMAR,
+            replace(CONFIG, learning_rate=1e-2),
+            log=seen.append,
+        )
+    assert seen[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert seen[1]["kl"] > 1e-6
 
 
 class Unknowing:

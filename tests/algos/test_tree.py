@@ -113,7 +113,7 @@ def test_every_branch_equals_its_plain_row(family, seed, trees, states, samples,
         packs = list(lay_out(forest, budget))
         for got, want in zip(logprobs(model, packs, tau), expected, strict=True):
             torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
-        assert all(pack.tokens <= max(budget, pack.ids_BT.shape[1]) for pack in packs)
+        assert all(pack.tokens <= budget for pack in packs)
 
 
 def gradient_of(model, reference, packs, weights, tau=0.8):
@@ -236,6 +236,11 @@ def test_an_action_without_tokens_has_no_part():
         assert pack.action_N.unique().tolist() == [1]
 
 
+def test_a_context_of_one_token_without_actions():
+    states = [State(np.array([1]), [np.array([], int)]), State(np.array([1]), [np.arange(9)])]
+    assert list(tree.plain([states], 4)) == list(tree.pack([states], 4)) == []
+
+
 def test_contexts_that_were_rewritten_share_what_they_can():
     """A chat template that drops old thoughts: the third state does not continue the second."""
     model, draw = MODELS["llama"], np.random.default_rng(2)
@@ -299,9 +304,16 @@ def test_a_model_is_left_as_it_was():
     assert attention._current.get() is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_that_can_be_packed(family):
-    assert tree.why_not(MODELS[family]) is None
+def test_families_that_can_be_packed(family, dtype):
+    assert tree.why_not(copy.deepcopy(MODELS[family]).to(dtype)) is None
+
+
+def test_a_model_in_training_mode_is_tried_without_dropout():
+    model = copy.deepcopy(MODELS["gpt2"]).train()
+    assert tree.why_not(model) is None
+    assert model.training
 
 
 def test_families_that_cannot_be_packed_are_found_out():
