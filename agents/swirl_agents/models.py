@@ -56,8 +56,27 @@ def _converted() -> Path:
     return build_once(folder, convert)
 
 
+def _merged(folder: Path, device: str, training: bool) -> tuple[Any, Any]:
+    """A model with the LoRA adapter in `folder` merged into it."""
+    try:
+        from peft import PeftConfig, PeftModel
+    except ModuleNotFoundError:
+        raise ConfigError(
+            f"{folder} is a LoRA adapter, which needs peft: pip install -e '.[lora]' in the project's folder."
+        ) from None
+    from transformers import AutoTokenizer
+
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if not base:
+        raise ConfigError(f"{folder} is a LoRA adapter that does not say of which model (adapter_config.json).")
+    model, _ = load_model(base, device, training)
+    model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    model.name_or_path = model.config._name_or_path = str(folder.resolve())  # what an adapter on top of it is for
+    return model.eval(), AutoTokenizer.from_pretrained(str(folder))
+
+
 def load_model(name: str, device: str | None = None, training: bool = False) -> tuple[Any, Any]:
-    """(model, tokenizer) of `smollm2-135m`, a folder (safetensors, or one GGUF file) or a hub name.
+    """(model, tokenizer) of `smollm2-135m`, a folder (safetensors, one GGUF file, or a LoRA adapter, which is merged) or a hub name.
 
     Args:
         name: which model.
@@ -84,6 +103,8 @@ def load_model(name: str, device: str | None = None, training: bool = False) -> 
             )
         if difflib.get_close_matches(name, known, 1):
             raise UnknownNameError(f"No model is called {name!r}.{near(name, known)}")
+    if (path / "adapter_config.json").exists():
+        return _merged(path, device, training)
     try:
         if path.is_dir() and not any(path.glob("*.safetensors")):
             files = sorted(path.glob("*.gguf"))

@@ -2,18 +2,21 @@
 
     L = -(1/|A|) sum_{t in A} log pi(a_t | everything before)
 
-over the action tokens A of a batch of trajectories; prompt, tool and template tokens are masked. A trajectory is one row:
-it is append-only, so all of its actions are learned in one pass. (Where the chat template rewrites history, each action is a
-row of its own.)
+over the action tokens A of a batch of trajectories; prompt, tool and template tokens are masked. A trajectory is
+append-only, so all of its actions are learned in one pass. (Where the chat template rewrites history, each action is a row of
+its own.)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from swirl_agents.rendering import Encoded, Renderer
 
+from swirl_algos import tree
 from swirl_algos.configs import SftConfig
-from swirl_algos.optimize import Optimizer, TrainingError, shuffled_batches
+from swirl_algos.policy_gradient import layout_for
+from swirl_algos.trainer import Trainer, TrainingError, shuffled_batches
+from swirl_algos.tree import State
 from swirl_env.types import Message, Trajectory, Transcript
 
 
@@ -34,45 +37,51 @@ def _rows(renderer: Renderer, trajectory: Trajectory) -> list[Encoded]:
     return [Encoded(row.ids, row.spans[-1:]) for row in rows]
 
 
-def train(
-    model, tokenizer, trajectories: Sequence[Trajectory], config: SftConfig, *, seed: int = 0,
-    log: Callable[[dict], None] = lambda metrics: None,
-) -> None:  # fmt: skip
-    """Fine-tune `model` in place.
+def train(trainer: Trainer, trajectories: Sequence[Trajectory], config: SftConfig) -> None:
+    """Fine-tune `trainer.model` in place.
 
     Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
+        trainer: the model in training.
         trajectories: what to imitate.
         config: learning rate, epochs, batch size.
-        seed: of the order of the trajectories.
-        log: called once an update with `update`, `loss` (nats a token), `gradient_norm`, `tokens`.
+
+    Logs once an update `loss` (nats a token), `gradient_norm`, `learning_rate`, `tokens`, `too_long` (over the model's context or
+    `row_tokens`, left out).
 
     Raises:
         TrainingError: there is nothing to learn from, or the loss is not finite.
     """
-    renderer = Renderer(tokenizer)
+    model, renderer = trainer.model, Renderer(trainer.tokenizer)
     encoded = [row for trajectory in trajectories if trajectory.steps for row in _rows(renderer, trajectory)]
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    fitting = [one for one in encoded if len(one.ids) <= context]
+    fitting = [one for one in encoded if len(one.ids) <= min(context, config.row_tokens)]
     if not fitting:
         raise TrainingError(
-            f"No trajectory to imitate: {len(trajectories)} given, {len(encoded) - len(fitting)} too long."
+            f"No trajectory to imitate: {len(trajectories)} given, {len(encoded) - len(fitting)} too long. Generate more, or use a "
+            "filter that keeps some."
         )
-    batches = shuffled_batches(fitting, config.epochs, config.batch_size, seed)
-    optimizer = Optimizer(model, config.learning_rate, len(batches))
-    model.train()
-    for update, batch in enumerate(batches):
-        targets = sum(end - start for one in batch for start, end in one.spans)
+    lay_out = layout_for(model)
+    batches = shuffled_batches(fitting, config.epochs, config.batch_size, trainer.seed)
+    for update in trainer.updates(len(batches), "sft", config):
+        model.train()
+        trees = [[State(one.ids[:a], [one.ids[a:b]]) for a, b in one.spans] for one in trainer.mine(batches[update])]
+        targets = sum(len(state.actions[0]) for states in trees for state in states)
+        tokens = int(trainer.total({"tokens": targets})["tokens"])
         total = 0.0
-        for one in batch:
-            at = torch.tensor([t for start, end in one.spans for t in range(start, end)], device=model.device)
-            ids = torch.tensor(one.ids, device=model.device).long()[None]
-            logits = model(ids, use_cache=False, logits_to_keep=at - 1).logits[0].float()
-            loss = torch.nn.functional.cross_entropy(logits, ids[0, at], reduction="sum") / targets
-            loss.backward()
-            total += float(loss.detach())
-        norm = optimizer.step(total)
-        log({"update": update, "updates": len(batches), "loss": total, "gradient_norm": norm, "tokens": targets,
-             "too_long": len(encoded) - len(fitting)})  # fmt: skip
-    model.eval()
+
+        def loss(terms: tree.Terms) -> torch.Tensor:
+            nonlocal total
+            value = -terms.logprobs_n.sum() / tokens  # noqa: B023
+            total += float(value.detach())
+            return value
+
+        with trainer.autocast():
+            for pack in lay_out(trees, config.row_tokens, model.device):
+                tree.backward(model, None, pack, loss)
+        trainer.log(trainer.step(total) | {"tokens": tokens, "too_long": len(encoded) - len(fitting)})
+
+
+if __name__ == "__main__":
+    from swirl_algos.launch import main
+
+    main("sft")

@@ -9,26 +9,25 @@ Each action is its own one-step decision: no return, no discount. With the leave
     L = -(1/N) sum_g A_g sum_t log pi(a_t | s) / L_max  +  beta (1/N) sum_g sum_t KL_t(pi || pi_ref) / L_max
 
 over the N scored actions of the batch, log pi at the same tau, pi_ref the checkpoint that stage 2 starts from. Not in the
-paper: G, the baseline, tau, beta, the learning rate. A state with fewer than two scored actions carries no gradient.
+paper: G, the baseline, tau, beta, the learning rate; `PolicyConfig` has what else its readers try. A state with fewer than two
+scored actions carries no gradient. With rounds (not in the paper, whose states are those of the base model to the end) each
+further round's states come from the policy of the one before: `launch` acts, judges and filters, and calls `train` again.
 """
 
-import copy
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import torch
 from swirl_agents.local import LocalPolicy
 from swirl_agents.rendering import Renderer
 from swirl_agents.rollout import draw_seed
 
 from swirl_algos import tree
-from swirl_algos.advantages import leave_one_out
+from swirl_algos.advantages import advantages
 from swirl_algos.configs import SwirlConfig
-from swirl_algos.losses import swirl_loss
-from swirl_algos.optimize import Optimizer, TrainingError, shuffled_batches
+from swirl_algos.diagnostics import flat, of_actions, repeats, warn_of_rewriting
+from swirl_algos.policy_gradient import PolicyGradient
+from swirl_algos.trainer import Trainer, TrainingError, shuffled_batches
 from swirl_env.grammar import Grammar
 from swirl_env.judges import ask, views
 from swirl_env.types import Judge, Trajectory, Verdict
@@ -49,85 +48,77 @@ class Candidate:
     verdict: Verdict
     advantage: float | None
     """`None`: no gradient (unknown score, or no scored sibling)."""
+    finish: str
+    """How sampling ended: `stop`, `eos`, or `length` where neither came within the token cap."""
+    tokens: int
+    """Tokens sampled; an action without any carries no gradient."""
+    malformed: bool
+    repeated: bool
+    """Whether its calls were all made before, in the recorded steps."""
+
+    @property
+    def score(self) -> float | None:
+        return self.verdict.score
+
+
+Sampled = tuple[int, list[np.ndarray], list[Candidate]]
+"""(trajectory index, actions int[A] of G, their `Candidate`s) at one state."""
 
 
 def train(
-    model, tokenizer, trajectories: Sequence[Trajectory], judge: Judge, grammar: Grammar, config: SwirlConfig, *,
-    seed: int = 0, log: Callable[[dict], None] = lambda metrics: None,
-    record: Callable[[Candidate], None] = lambda candidate: None,
-) -> None:  # fmt: skip
-    """Improve `model` in place.
+    trainer: Trainer, trajectories: Sequence[Trajectory], judge: Judge, grammar: Grammar, config: SwirlConfig
+) -> None:
+    """Improve `trainer.model` in place.
 
     Args:
-        model: the policy; a frozen copy of it is the KL reference.
-        tokenizer: its tokenizer.
+        trainer: the model in training; the checkpoint that it starts from is the KL reference.
         trajectories: the kept trajectories, whose states are T.
         judge: R; sees what it saw when the trajectories were judged.
         grammar: reads the sampled actions.
         config: see `SwirlConfig`.
-        seed: of the order of the trajectories and of every draw.
-        log: called once an update with its metrics.
-        record: called for each candidate with its verdict and advantage.
+
+    Logs once an update what `PolicyGradient.update` returns, and of the actions drawn: `states`, `score` (mean), `score_by_step`,
+    `unknown` verdicts, `flat_states` (all scores equal), `malformed` and `repeated` shares, `cut` (neither stop string nor end within
+    the token cap), `empty`, `too_long` (states without room for an action), `sampled_tokens`.
 
     Raises:
-        TrainingError: no trajectory, no state with a gradient in the whole run, or a loss that is not finite.
+        TrainingError: no trajectory, no advantage that is not 0 (see `Trainer.check_signal`), a loss that is not finite, or a
+            checkpoint of another run.
     """
     usable = [trajectory for trajectory in trajectories if trajectory.steps]
     if not usable:
         raise TrainingError("No trajectory is left to train on. Generate more, or use a filter that keeps some.")
-    model.eval()
-    lay_out = tree.plain if config.reference else layout_for(model)
-    # a model whose fresh adapter does nothing yet is its own reference with the adapter off (peft)
-    reference = model if _fresh_adapter(model) else copy.deepcopy(model).requires_grad_(False)
-    policy = LocalPolicy(
-        model, tokenizer, temperature=config.temperature, max_new_tokens=config.max_new_tokens, seed=seed
-    )
-    if policy.renderer.rewrites:
-        warnings.warn(
-            "The chat template changes older turns (it drops thoughts, say), so the states of a trajectory share only their "
-            "beginning: updates and sampling cost up to as many times more as a trajectory has steps.",
-            stacklevel=2,
-        )
-    batches = shuffled_batches(usable, config.epochs, config.batch_size, seed)
-    optimizer = Optimizer(model, config.learning_rate, len(batches))
-    gradients, told = 0, False
-    for update, batch in enumerate(batches):
-        model.eval()
-        candidates = list(sample_candidates(policy, batch, judge, grammar, config, seed, update))
-        for _, _, drawn in candidates:
-            for one in drawn:
-                record(one)
-        metrics: dict[str, Any] = {"update": update, "updates": len(batches), **_count(candidates)}
+    gradient = PolicyGradient(trainer, config)
+    policy = trainer.policy(config.temperature, config.max_new_tokens)
+    warn_of_rewriting(policy.renderer)
+    batches = shuffled_batches(usable, config.epochs, config.batch_size, trainer.seed)
+    for update in trainer.updates(len(batches), "swirl", config):
+        batch = trainer.mine(batches[update])
+        trainer.model.eval()  # also for the gradient: dropout would take that of another policy
+        sampled = list(sample_candidates(policy, batch, judge, grammar, config, trainer.seed, update))
         policy.free()  # its keys and values are dead after this update, and the update needs the room
-        trees, advantages_M = branches(policy.renderer, batch, candidates)
-        metrics["over_budget"] = len(tree.over_budget(trees, config.row_tokens))
-        metrics["scored"] = len(advantages_M) - metrics["over_budget"]
-        if metrics["over_budget"] and not told:
-            told = True
-            warnings.warn(
-                f"{metrics['over_budget']} actions of update {update} are longer with their state than row_tokens = "
-                f"{config.row_tokens}; such actions are left out and counted as over_budget. Raise row_tokens.",
-                stacklevel=2,
-            )
-        if metrics["scored"]:
-            # in eval mode, as sampled: dropout would take the gradient of another policy
-            packs = lay_out(trees, config.row_tokens, model.device)
-            metrics |= backward(model, reference, packs, advantages_M, config, metrics["scored"])
-            metrics["gradient_norm"] = optimizer.step(metrics["loss"])
-            gradients += 1
-        log(metrics)
-    model.eval()
-    if not gradients:
-        raise TrainingError("No state had two scored actions, so there was nothing to learn. Is the judge answering?")
+        trees = branches(policy.renderer, batch, sampled)
+        penalty = iter(gradient.penalty(trees))
+        groups = [_with_advantages(drawn, penalty, config) for _, _, drawn in sampled]
+        everyone = trainer.gather(groups)
+        drawn = [one for group in everyone for one in group]
+        trainer.record(drawn)
+        metrics = {
+            "states": len(everyone), "too_long": sum(not group for group in everyone),
+            "flat_states": flat([one.score for one in group] for group in everyone), **of_actions(drawn),
+        }  # fmt: skip
+        values = [one.advantage for group in groups for one in group]
+        metrics |= gradient.update(trees, np.array([np.nan if value is None else value for value in values]))
+        trainer.log(metrics)
 
 
 def sample_candidates(
     policy: LocalPolicy, batch: Sequence[Trajectory], judge: Judge, grammar: Grammar, config: SwirlConfig, seed: int,
     update: int,
-) -> Iterator[tuple[int, list[np.ndarray], list[Candidate]]]:  # fmt: skip
-    """For each state of each trajectory: (trajectory index, actions int[A] of G, their `Candidate`s).
+) -> Iterator[Sampled]:  # fmt: skip
+    """G actions at each state of each trajectory, with their verdicts; advantages are still unknown.
 
-    A state that leaves no room for an action in the model's context is left out.
+    A state that leaves no room for an action in the model's context has none.
     """
     jobs = [(i, k, state) for i, trajectory in enumerate(batch) for k, state in enumerate(trajectory.states())]
     states = [
@@ -141,93 +132,44 @@ def sample_candidates(
         for (i, k, _), completions in zip(jobs, sampled, strict=True)
         for completion in completions
     ]
-    verdicts = iter(ask(judge, asked))
+    verdicts, shown_again = iter(ask(judge, asked)), iter(asked)
     for (i, k, _), completions in zip(jobs, sampled, strict=True):
-        judged = [next(verdicts) for _ in completions]
-        scores = np.array([np.nan if verdict.score is None else verdict.score for verdict in judged])
-        advantages = leave_one_out(scores)
+        judged, seen = [next(verdicts) for _ in completions], [next(shown_again) for _ in completions]
         actions = [completion.tokens.action_ids for completion in completions if completion.tokens is not None]
         trajectory = batch[i]
         drawn = [
             Candidate(
                 trajectory.task.id, trajectory.sample, trajectory.round, k, g, update, completion.text, verdict,
-                None if np.isnan(advantage) else float(advantage),
+                None, completion.finish, 0 if completion.tokens is None else len(completion.tokens.action_ids),
+                view.action.malformed is not None, repeats(view.action, view.steps),
             )
-            for g, (completion, verdict, advantage) in enumerate(zip(completions, judged, advantages, strict=True))
+            for g, (completion, verdict, view) in enumerate(zip(completions, judged, seen, strict=True))
         ]  # fmt: skip
         yield i, actions, drawn
 
 
-def _fresh_adapter(model) -> bool:
-    """Whether a model is one with LoRA adapters that change nothing yet: every B is zero."""
-    if not hasattr(model, "disable_adapter"):
-        return False
-    added = {name: p for name, p in model.named_parameters() if "lora_" in name}
-    return any("lora_B" in name for name in added) and not any(p.any() for name, p in added.items() if "lora_B" in name)
-
-
-def layout_for(model) -> Callable[..., Iterator[tree.Pack]]:
-    """`tree.pack`, or `tree.plain` with a warning for a model that cannot be packed."""
-    if (reason := tree.why_not(model)) is None:
-        return tree.pack
-    warnings.warn(f"This model cannot be packed: {reason}. Plain rows are used, which are slower.", stacklevel=3)
-    return tree.plain
-
-
-def branches(renderer: Renderer, batch: Sequence[Trajectory], candidates) -> tuple[list[list[tree.State]], np.ndarray]:
-    """The states of each trajectory with the candidates that carry a gradient, and their advantages float[M] in that order."""
+def branches(renderer: Renderer, batch: Sequence[Trajectory], sampled: Sequence[Sampled]) -> list[list[tree.State]]:
+    """The states of each trajectory with the actions drawn there."""
     trees: list[list[tree.State]] = [[] for _ in batch]
-    advantages: list[float] = []
-    for i, actions, drawn in candidates:
-        scored = [
-            (a, one.advantage) for a, one in zip(actions, drawn, strict=True) if one.advantage is not None and len(a)
-        ]
-        if scored:
+    for i, actions, drawn in sampled:
+        if drawn:
             context = renderer.encode(batch[i].states()[drawn[0].state]).ids
-            trees[i].append(tree.State(context, [action for action, _ in scored]))
-            advantages += [advantage for _, advantage in scored]
-    return trees, np.array(advantages)
+            trees[i].append(tree.State(context, actions))
+    return trees
 
 
-def backward(
-    model, reference, packs: Iterable[tree.Pack], advantages_M: np.ndarray, config: SwirlConfig, actions: int
-) -> dict[str, float]:
-    """Accumulate the gradient of the loss; returns `loss`, `kl` and `entropy` (nats a token), `tokens`, and `row_tokens` (tokens
-    that the model ran over)."""
-    sums = torch.zeros(3, dtype=torch.float64)
-    weights_M = torch.tensor(advantages_M, dtype=torch.float32, device=model.device)
-    tokens = row_tokens = 0
-
-    def loss(terms: tree.Terms) -> torch.Tensor:
-        value = swirl_loss(
-            terms.logprobs_n, terms.kl_n, weights_M[terms.action_n],
-            beta=config.beta, max_tokens=config.max_new_tokens, actions=actions,
-        )  # fmt: skip
-        sums.add_(torch.stack([value.detach(), terms.kl_n.detach().sum(), terms.entropy_n.sum()]).double().cpu())
-        return value
-
-    for pack in packs:
-        tree.backward(model, reference, pack, loss, config.temperature)
-        tokens, row_tokens = tokens + len(pack.targets_N), row_tokens + pack.tokens
-    total, kl, entropy = sums.tolist()
-    return {
-        "loss": total,
-        "kl": kl / tokens,
-        "entropy": entropy / tokens,
-        "tokens": tokens,
-        "row_tokens": row_tokens,
-    }
+def _with_advantages(drawn: list[Candidate], penalty: Iterator[float], config: SwirlConfig) -> list[Candidate]:
+    """A state's candidates with their advantages; unknown stays `None`."""
+    scores = [one.verdict.score for one in drawn]
+    rewards = np.array([(np.nan if score is None else score) - next(penalty) for score in scores])
+    known = advantages(rewards, config.baseline, config.normalise) if drawn else rewards
+    return [
+        replace(one, advantage=None if np.isnan(value) else float(value))
+        for one, value in zip(drawn, known, strict=True)
+    ]
 
 
-def _count(candidates) -> dict[str, float | None]:
-    """What was drawn: counts, and means over the scored actions."""
-    drawn = [one for _, _, group in candidates for one in group]
-    scores = [one.verdict.score for one in drawn if one.verdict.score is not None]
-    spread = [{one.verdict.score for one in group} for _, _, group in candidates]
-    return {
-        "states": len(candidates),
-        "too_long": sum(not group for _, _, group in candidates),
-        "unknown": len(drawn) - len(scores),
-        "score": float(np.mean(scores)) if scores else None,
-        "flat_states": sum(len(kinds) <= 1 for kinds in spread),
-    }
+if __name__ == "__main__":
+    from swirl_algos.launch import main
+
+    main("swirl")

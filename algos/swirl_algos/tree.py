@@ -8,6 +8,7 @@ the candidate actions of each state on it as branches, whose positions go on fro
     branches of s_2            a1 a2 a3    |        each sees trunk[:s_2] and itself
     branches of s_3                        a1 a2 a3
 
+An action that the trunk itself goes on with (the recorded one: all of SFT and of whole trajectories) needs no branch.
 Several trees share a row up to a budget of tokens. Attention runs in pieces: causal over each trunk, then one call a state
 for its branches (`_attend`, on any device), or one block-sparse call (flex_attention, on a GPU); never a T x T mask. `plain`
 lays out one row a candidate, the reference that everything is tested against; both give the same `Pack`, so the rest of an
@@ -209,7 +210,18 @@ def _numbered(trees: Sequence[Tree]) -> Iterator[tuple[int, State]]:
 
 
 def _size(part: _Part) -> int:
-    return len(part[-1][0]) + sum(len(action) - 1 for _, branches in part for _, action in branches)
+    trunk = part[-1][0]
+    return len(trunk) + sum(
+        len(action) - 1
+        for context, branches in part
+        for _, action in branches
+        if not _along(trunk, len(context), action)
+    )
+
+
+def _along(trunk: np.ndarray, start: int, action: np.ndarray) -> bool:
+    """Whether the trunk itself goes on with an action: it needs no branch then."""
+    return np.array_equal(trunk[start : start + len(action) - 1], action[:-1])
 
 
 def _parts(trees: Sequence[Tree], budget: int) -> Iterator[_Part]:
@@ -254,20 +266,23 @@ class _Row:
         return self.size - len(ids)
 
     def add(self, part: _Part) -> None:
-        begin = self._put(part[-1][0], 0)
+        trunk = part[-1][0]
+        begin = self._put(trunk, 0)
         segments: list[int] = []
         groups: list[_Group] = []
         for context, branches in part:
             segments.append(len(context) - sum(segments))
             lengths = []
             for number, action in branches:
-                start = self._put(action[:-1], len(context))
-                inside = np.arange(start, start + len(action) - 1)
+                first = begin + len(context)
+                if not _along(trunk, len(context), action):
+                    first = self._put(action[:-1], len(context))
+                    lengths.append(len(action) - 1)
+                inside = np.arange(first, first + len(action) - 1)
                 self.at.append(np.concatenate([[begin + len(context) - 1], inside]))
                 self.targets.append(action)
                 self.numbers.append(number)
-                lengths.append(len(action) - 1)
-            groups.append(_Group(len(segments), tuple(n for n in lengths if n)))
+            groups.append(_Group(len(segments), tuple(lengths)))
         self.layout.trees.append((segments, [group for group in groups if group.lengths]))
 
     def finish(self) -> Pack:
@@ -316,15 +331,22 @@ class Terms:
 
     logprobs_n: torch.Tensor
     """log pi of the tokens that were sampled; with gradient."""
+    reference_n: torch.Tensor
+    """log pi_ref of the same. 0 without a reference."""
     kl_n: torch.Tensor
-    """KL(pi || pi_ref), exact over the vocabulary; with gradient. 0 without a reference."""
+    """KL(pi || pi_ref), exact over the vocabulary; with gradient. 0 without a reference, or if it was not asked for."""
     entropy_n: torch.Tensor
-    """Of pi; without gradient."""
+    """Of pi; with gradient if that was asked for."""
     action_n: torch.Tensor
     """Which action each token belongs to."""
+    n: slice
+    """Which of the pack's action tokens these are."""
 
 
-def backward(model, reference, pack: Pack, loss: Callable[[Terms], torch.Tensor], temperature: float = 1.0) -> None:
+def backward(
+    model, reference, pack: Pack, loss: Callable[[Terms], torch.Tensor], temperature: float = 1.0, *, exact: bool = True,
+    entropy: bool = False,
+) -> None:  # fmt: skip
     """Accumulate the gradient of a loss that is a sum over action tokens.
 
     Of a packed row the output head runs on a chunk of action tokens at a time and gives back its gradient before the next one
@@ -336,26 +358,28 @@ def backward(model, reference, pack: Pack, loss: Callable[[Terms], torch.Tensor]
         pack: from `pack` or `plain`.
         loss: of some of the tokens; called once or more, and summed.
         temperature: tau, which divides the logits.
+        exact: whether the loss reads `kl_n`.
+        entropy: whether the loss reads `entropy_n`, which then has a gradient.
     """
     if pack.layout is None:
-        with _frozen(model, reference):
+        with frozen(model, reference):
             target = None if reference is None else _own_logits(reference, pack)
-        loss(_terms(_own_logits(model, pack), target, pack, slice(None), temperature)).backward()
+        loss(_terms(_own_logits(model, pack), target, pack, slice(None), temperature, exact, entropy)).backward()
         return
     with attending(model, pack.layout):
         hidden_ND = _hidden(model, pack)
         leaf_ND = hidden_ND.detach().requires_grad_()
         target_ND = None
         with (
-            _frozen(model, reference),
+            frozen(model, reference),
             nullcontext() if reference in (None, model) else attending(reference, pack.layout),
         ):
             if reference is not None:
                 target_ND = _hidden(reference, pack)
         for n in _chunks(model, len(leaf_ND)):
-            with _frozen(model, reference):
+            with frozen(model, reference):
                 target = None if target_ND is None else _logits(reference, target_ND[n])
-            loss(_terms(_logits(model, leaf_ND[n]), target, pack, n, temperature)).backward()
+            loss(_terms(_logits(model, leaf_ND[n]), target, pack, n, temperature, exact, entropy)).backward()
         hidden_ND.backward(leaf_ND.grad)
 
 
@@ -372,8 +396,8 @@ def logprobs(model, pack: Pack, temperature: float = 1.0) -> torch.Tensor:
 
 
 @contextmanager
-def _frozen(model, reference) -> Iterator[None]:
-    """No gradient, and the adapter off where the model is its own reference."""
+def frozen(model, reference) -> Iterator[None]:
+    """As the reference is run: no gradient, and the adapter off where the model is its own reference."""
     with torch.no_grad(), model.disable_adapter() if reference is model else nullcontext():
         yield
 
@@ -412,18 +436,22 @@ def _logits(model, hidden_nD: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _terms(logits_nV, reference_nV, pack: Pack, n: slice, temperature: float) -> Terms:
+def _terms(
+    logits_nV, reference_nV, pack: Pack, n: slice, temperature: float, exact: bool = True, entropy: bool = False
+) -> Terms:
     logprobs_nV = _log_softmax(logits_nV, temperature)
-    taken_n = logprobs_nV.gather(-1, pack.targets_N[n, None])[:, 0]
-    if reference_nV is None:
-        kl_n = torch.zeros_like(taken_n)
-    else:
-        kl_n = torch.nn.functional.kl_div(
-            _log_softmax(reference_nV, temperature), logprobs_nV, reduction="none", log_target=True
-        ).sum(-1)
-    with torch.no_grad():
+    targets_n1 = pack.targets_N[n, None]
+    taken_n = logprobs_nV.gather(-1, targets_n1)[:, 0]
+    reference_n = kl_n = torch.zeros_like(taken_n)
+    if reference_nV is not None:
+        reference_nV = _log_softmax(reference_nV, temperature)
+        reference_n = reference_nV.gather(-1, targets_n1)[:, 0]
+        if exact:
+            kl_div = torch.nn.functional.kl_div
+            kl_n = kl_div(reference_nV, logprobs_nV, reduction="none", log_target=True).sum(-1)
+    with nullcontext() if entropy else torch.no_grad():
         entropy_n = -torch.linalg.vecdot(logprobs_nV.exp(), logprobs_nV)
-    return Terms(taken_n, kl_n, entropy_n, pack.action_N[n])
+    return Terms(taken_n, reference_n, kl_n, entropy_n, pack.action_N[n], n)
 
 
 def _log_softmax(logits_nV: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -57,7 +57,10 @@ def speed(
                 speed_update.plot_update(report["curve"], plot)
         acted: dict = {}
         if "fork" in chosen:
-            acted["fork"] = speed_rollout.fork_figures(loaded)
+            forks = speed_rollout.FORKS[: 1 if small else None]
+            acted["fork"] = [
+                speed_rollout.fork_figures(loaded, *shape, rounds=3 if shape is forks[0] else 1) for shape in forks
+            ]
         if "rollout" in chosen:
             acted["rollout"] = speed_rollout.rollout_figures(loaded, (32,) if small else (1, 8, 32))
             if not small:
@@ -66,6 +69,11 @@ def speed(
             figures |= acted
             speed_rollout.print_rollout(acted, console())
         del loaded
+        if "rollout" in chosen:
+            from swirl_benchmarks import speed_trl
+
+            figures["trl"] = speed_trl.trl_figures(model, 8 if small else 32)
+            speed_trl.print_trl(figures["trl"], console())
     if "gpu" in chosen:
         from swirl_benchmarks import speed_gpu
 

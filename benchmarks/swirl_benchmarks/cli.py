@@ -68,7 +68,9 @@ def eval_(
     """
     import tempfile
 
-    from swirl_benchmarks import evaluate, stages
+    from swirl_algos import stages
+
+    from swirl_benchmarks import evaluate
     from swirl_benchmarks.judging import open_judge
     from swirl_env.transport import without_credentials
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from swirl_algos import stages
 
-from swirl_benchmarks import stages
 from swirl_benchmarks.metrics import Estimate, bootstrap, process_score
 from swirl_env.cache import cache_folder
 from swirl_env.client import PREFIX, make_endpoint

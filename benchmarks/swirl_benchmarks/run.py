@@ -11,25 +11,27 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from swirl_algos.configs import SftConfig, SwirlConfig
+from swirl_algos import stages
+from swirl_algos.configs import SftConfig, SwirlConfig, TrainerConfig
+from swirl_algos.diagnostics import alarm
 from swirl_algos.filters import FILTERS
+from swirl_algos.folders import claim, complete
+from swirl_algos.launch import WARM_START, Launch, check_config, none_left
+from swirl_algos.launch import train as learn
 from tyro.conf import Positional
 
-from swirl_benchmarks import evaluate, stages
+from swirl_benchmarks import evaluate
 from swirl_benchmarks.judging import open_judge
 from swirl_benchmarks.metrics import paired_difference, process_score
 from swirl_env.env import ToolEnv
 from swirl_env.errors import ConfigError, UnknownNameError, near
-from swirl_env.io import Writer
 from swirl_env.judges.cache import Cached
-from swirl_env.transport import without_credentials
-from swirl_env.types import Judge, Trajectory
+from swirl_env.types import Trajectory
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class RunConfig:
     """of everything that is drawn"""
     sft: SftConfig = field(default_factory=SftConfig)
     swirl: SwirlConfig = field(default_factory=SwirlConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
 
 def run(config: RunConfig, folder: Path, console: Console, command: str = "") -> dict[str, Any]:
@@ -91,7 +94,7 @@ def run(config: RunConfig, folder: Path, console: Console, command: str = "") ->
     judge = open_judge(config.judge)
     train, test = (_maker(config, split) for split in ("train", "test"))
     train_env, test_env = train().unwrapped, test().unwrapped
-    _claim(folder, config)
+    claim(folder / "run.json", asdict(config), "--out")
     if (folder / "results.json").exists():
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         console.print(f"{folder} is complete.")
@@ -125,16 +128,17 @@ def run(config: RunConfig, folder: Path, console: Console, command: str = "") ->
         evaluations[name] = stages.judge(acted, judge, path, config.unknown_limit)
 
     measure("base")
-    if not _complete(folder / "warm_start"):
+    if not complete(folder / WARM_START):
         if shown:
             from swirl_agents.scripted import oracle
-            from swirl_algos import sft
 
-            gold = stages.generate(train, oracle(train_env), shown, folder / "demonstrations.jsonl", name="demonstrate")
-            with _Log(folder, "sft", "warm start") as log:
-                sft.train(model.model, model.tokenizer, gold, config.sft, seed=config.seed, log=log)
-        model.save(folder / "warm_start")
-    model.use(folder / "warm_start")
+            gold = folder / "demonstrations.jsonl"
+            stages.generate(train, oracle(train_env), shown, gold, name="demonstrate")
+            launch = Launch(gold, model=config.model, name=WARM_START, seed=config.seed, trainer=config.trainer)
+            learn("sft", launch, config.sft)
+        else:
+            model.save(folder / WARM_START)
+    model.use(folder / WARM_START)
     measure("warm_start")
     sampled = stages.generate(
         train, model.policy("warm_start", config.temperature), practised, folder / "trajectories.jsonl", samples=config.samples,
@@ -146,24 +150,19 @@ def run(config: RunConfig, folder: Path, console: Console, command: str = "") ->
         f"stage 1: {len(judged)} trajectories, {len(kept.kept)} kept by the {config.filter} filter, {kept.dropped} dropped, "
         f"{kept.unknown} unknown"
     )
-    if not _complete(folder / "swirl"):
-        from swirl_algos import swirl
-
-        (folder / "candidates.jsonl").unlink(missing_ok=True)
-        with (
-            _Log(folder, "swirl", "train", judge) as log,
-            Writer[swirl.Candidate](folder / "candidates.jsonl") as candidates,
-        ):
-            swirl.train(
-                model.model, model.tokenizer, kept.kept, judge, train_env.grammar, config.swirl, seed=config.seed, log=log,
-                record=candidates.write,
-            )  # fmt: skip
-        model.save(folder / "swirl")
+    if not kept.kept:
+        raise ConfigError(none_left(config.filter, kept, folder / "judged.jsonl"))
+    learn("swirl", Launch(folder, seed=config.seed, trainer=config.trainer), config.swirl, lambda name: judge)
     model.use(folder / "swirl")
     measure("swirl")
     results = {"command": command, **_results(config, test(), evaluations, kept, time.monotonic() - started)}
     if isinstance(judge, Cached):
         results["verdicts"] = {"asked": judge.misses, "cached": judge.hits, "hit_rate": judge.hit_rate}
+    means = [
+        [results["policies"][name][what]["mean"] for name in (WARM_START, "swirl")] for what in ("process", "outcome")
+    ]
+    if None not in means[0] + means[1]:
+        results["alarm"] = alarm(*means)
     evaluate.write_json(folder / "results.json", results)
     show(results, console)
     return results
@@ -183,6 +182,8 @@ def show(results: dict[str, Any], console: Console) -> None:
                 f"{name}, paired difference in {what}: {estimate['mean']:+.3f} "
                 f"[{estimate['low']:+.3f}, {estimate['high']:+.3f}] ({clear})"
             )
+    if results.get("alarm"):
+        console.print(results["alarm"])
 
 
 def _results(config, env, evaluations, kept, seconds: float) -> dict[str, Any]:
@@ -221,55 +222,16 @@ def _maker(config: RunConfig, split: str) -> Callable[[], Any]:
 
 def _check(config: RunConfig) -> None:
     """What could only fail hours later fails now."""
-    least = {"seed": 0, "tasks": 1, "samples": 1, "demonstrations": 0, "batch_size": 1, "sft.epochs": 1, "sft.batch_size": 1, "swirl.epochs": 1,
-             "swirl.batch_size": 1, "swirl.samples": 2, "swirl.max_new_tokens": 1}  # fmt: skip
-    values = _flat(asdict(config))
+    least = {"seed": 0, "tasks": 1, "samples": 1, "demonstrations": 0, "batch_size": 1}
     for name, minimum in least.items():
-        if values[name] < minimum:
-            raise ConfigError(f"{name} must be at least {minimum}, got {values[name]}.")
-    if not config.swirl.temperature > 0:
-        raise ConfigError(
-            f"swirl.temperature must be above 0 to sample different actions, got {config.swirl.temperature}."
-        )
+        if getattr(config, name) < minimum:
+            raise ConfigError(f"{name} must be at least {minimum}, got {getattr(config, name)}.")
+    check_config(config.sft, "sft.")
+    check_config(config.swirl, "swirl.")
     if not 0 <= config.unknown_limit <= 1:
         raise ConfigError(f"unknown_limit must lie in [0, 1], got {config.unknown_limit}.")
     if config.filter not in FILTERS:
         raise UnknownNameError(f"No filter is called {config.filter!r}.{near(config.filter, FILTERS)}")
-
-
-def _claim(folder: Path, config: RunConfig) -> None:
-    """Write `run.json`, or check that the folder's run has the same config."""
-    mine = json.loads(without_credentials(json.dumps(asdict(config))))
-    path = folder / "run.json"
-    if path.exists():
-        try:
-            theirs = json.loads(path.read_text(encoding="utf-8"))["config"]
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError(f"{path} is not a run's config. Use another folder with --out.") from None
-        flat_mine, flat_theirs = _flat(mine), _flat(theirs)
-        changed = [
-            f"{key}: {flat_theirs.get(key)!r} there, {flat_mine.get(key)!r} now"
-            for key in sorted(flat_mine | flat_theirs)
-            if flat_mine.get(key) != flat_theirs.get(key)
-        ]
-        if changed:
-            raise ConfigError(f"{folder} holds a run with another config ({'; '.join(changed)}). Use another --out.")
-        return
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty and holds no run.json. Use another --out.")
-    digest = sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
-    evaluate.write_json(path, {"config": mine, "hash": digest})
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _complete(checkpoint: Path) -> bool:
-    return (checkpoint / "config.json").exists()
 
 
 class _Model:
@@ -314,35 +276,3 @@ class _Model:
             self.model, self.tokenizer, name=name, temperature=temperature,
             max_new_tokens=self.config.swirl.max_new_tokens, seed=self.config.seed,
         )  # fmt: skip
-
-
-class _Log:
-    """Appends metrics to `metrics.jsonl` and moves a progress bar."""
-
-    def __init__(self, folder: Path, stage: str, name: str, judge: Judge | None = None):
-        self.stage, self.name, self.judge = stage, name, judge
-        path = folder / "metrics.jsonl"
-        if path.exists():  # a stage that was stopped begins anew: cut back to the checkpoint it starts from
-            with path.open(encoding="utf-8") as file:
-                lines = [line for line in file if line.endswith("\n") and json.loads(line)["stage"] != stage]
-            part = path.with_name("metrics.jsonl.part")
-            part.write_text("".join(lines), encoding="utf-8")
-            part.replace(path)
-        self._out: Writer = Writer(path)
-        self._bar: Any = None
-
-    def __call__(self, metrics: dict[str, Any]) -> None:
-        self._bar = self._bar or stages.bar(metrics["updates"], self.name, "update")
-        shown = {key: f"{metrics[key]:.3f}" for key in ("loss", "score", "kl") if metrics.get(key) is not None}
-        self._bar.set_postfix(shown, refresh=False)
-        self._bar.update()
-        cache = {"hit_rate": self.judge.hit_rate} if isinstance(self.judge, Cached) else {}
-        self._out.write({"stage": self.stage, **metrics, **cache})
-
-    def __enter__(self) -> "_Log":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        self._out.close()

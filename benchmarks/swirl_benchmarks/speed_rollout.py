@@ -7,19 +7,32 @@ two likeliest tokens of `generate()` must lie within `TIE` nats, or the row is c
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from swirl_benchmarks.speed_update import ACTION, stream_of, tree_of
+from swirl_benchmarks.speed_update import ACTION, PROMPT, stream_of, tree_of
 from swirl_benchmarks.timing import in_turn, show, spread
 
 GOALS = {"fork": 3.5, "rollout": 2.0}
 """Times faster than `generate()` that we hold ourselves to."""
+FORK = (5, 4, PROMPT)
+"""(K, G, prompt tokens) that the goal is for."""
+FORKS = [
+    FORK,
+    (1, 4, PROMPT),
+    (2, 4, PROMPT),
+    (10, 4, PROMPT),
+    (16, 4, PROMPT),
+    (5, 1, PROMPT),
+    (5, 16, PROMPT),
+    (5, 4, 1000),
+]
 STEPS = 5
 TIE = 1e-4
 
@@ -52,9 +65,11 @@ def engine_of(model, longest: int):
     return Engine(model, _sample, max_new_tokens=longest, batch_tokens=1 << 17, cache_tokens=1 << 17)
 
 
-def generate(model, contexts: Sequence[np.ndarray], wanted: Sequence[int], samples: int = 1, greedy: bool = True):
+def generate(
+    model, contexts: Sequence[np.ndarray], wanted: Sequence[int], samples: int = 1, greedy: bool = True, leads: bool = False
+):  # fmt: skip
     """`generate()` of a batch padded on the left, each row until it has as many tokens as it wants (the batch until all have);
-    (tokens of each row, greedy logits' lead of the likeliest token over the next)."""
+    (tokens of each row, with `leads` what the likeliest token's logit is over the next one's)."""
     import torch
     from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
@@ -74,13 +89,13 @@ def generate(model, contexts: Sequence[np.ndarray], wanted: Sequence[int], sampl
         ids, attention_mask=mask, stopping_criteria=StoppingCriteriaList([Enough()]),
         generation_config=GenerationConfig(
             max_new_tokens=max(wanted), do_sample=not greedy, num_return_sequences=samples, top_k=0, eos_token_id=None, pad_token_id=0,
-            return_dict_in_generate=True, output_logits=greedy,
+            return_dict_in_generate=True, output_logits=leads,
         ),
     )  # fmt: skip
     rows = [
         tokens[width : width + n].tolist() for tokens, n in zip(out.sequences, np.repeat(wanted, samples), strict=True)
     ]
-    if not greedy:
+    if not leads:
         return rows, None
     best = torch.stack([logits.float().topk(2).values for logits in out.logits], 1)
     return rows, (best[..., 0] - best[..., 1]).tolist()
@@ -94,11 +109,11 @@ def _apart(got: list[int], want: list[int], lead: list[float]) -> str:
     return "same"
 
 
-def fork_figures(model, states: int = 5, samples: int = 4, rounds: int = 3) -> dict[str, Any]:
+def fork_figures(model, states: int = 5, samples: int = 4, prompt: int = PROMPT, rounds: int = 3) -> dict[str, Any]:
     """Seconds of the engine and of `generate()`, their ratio, and how the greedy tokens compare."""
     from swirl_agents.engine import Request
 
-    contexts = [state.context.astype(np.int32) for state in tree_of(states, 1, stream=stream_of(model))]
+    contexts = [state.context.astype(np.int32) for state in tree_of(states, 1, prompt, stream_of(model))]
 
     def fork(greedy: bool = False) -> list[Any]:
         engine = engine_of(model, ACTION)
@@ -116,34 +131,52 @@ def fork_figures(model, states: int = 5, samples: int = 4, rounds: int = 3) -> d
     seconds = in_turn({"fork": fork, "generate": plain}, rounds)
     compared = {"same": 0, "tie": 0, "different": 0}
     for request in fork(greedy=True):
-        [want], [lead] = generate(model, [request.ids], [ACTION])
+        [want], [lead] = generate(model, [request.ids], [ACTION], leads=True)
         for row in request.rows:
             compared[_apart(row.ids, want, lead)] += 1
     return {
-        "shape": f"K={states}, G={samples}, prompt 150, actions {ACTION}, results 120 tokens",
+        "states": states, "samples": samples, "prompt": prompt,
         "seconds": spread(seconds["fork"]), "generate_seconds": spread(seconds["generate"]),
-        "ratio": spread(seconds["generate"] / seconds["fork"]), "goal": GOALS["fork"], "greedy": compared,
+        "ratio": spread(seconds["generate"] / seconds["fork"]), "goal": GOALS["fork"] if (states, samples, prompt) == FORK else None, "greedy": compared,
     }  # fmt: skip
 
 
-class _Episodes:
-    """Prompts, action lengths and tool results of unequal length, drawn once."""
+@dataclass(frozen=True, eq=False)
+class Episodes:
+    """What the episodes are made of, the actions' tokens left out."""
 
-    def __init__(self, count: int, stream: Iterator[int]):
-        draw = np.random.default_rng(0)
-
-        def tokens(low: int, high: int) -> np.ndarray:
-            length = int(draw.integers(low, high + 1))
-            return np.fromiter(islice(stream, length), np.int32, length)
-
-        self.prompts = [tokens(100, 200) for _ in range(count)]
-        self.wanted = draw.integers(10, 61, (count, STEPS))
-        self.results = [[tokens(60, 180) for _ in range(STEPS)] for _ in range(count)]
-        self.steps = draw.integers(2, STEPS + 1, count) if count > 1 else np.array([STEPS])
-        self.steps[0] = STEPS
+    prompts: list[np.ndarray]
+    """int32[T] of each episode."""
+    wanted: np.ndarray
+    """int[B, S]: tokens of each action."""
+    results: list[list[np.ndarray]]
+    """int32[T] of each step: what follows its action, up to the next action."""
+    steps: np.ndarray
+    """int[B]: steps of each episode."""
 
 
-def _act(model, episodes: _Episodes) -> tuple[dict[tuple[int, int], list[int]], Any]:
+def lengths(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens of each action int[B, S], steps of each episode int[B]), unequal; the first episode has all steps."""
+    draw = np.random.default_rng(1)
+    steps = draw.integers(2, STEPS + 1, count)
+    steps[0] = STEPS
+    return draw.integers(10, 61, (count, STEPS)), steps
+
+
+def drawn(count: int, stream: Iterator[int]) -> Episodes:
+    """Prompts of 100 to 200 tokens and results of 60 to 180, out of the stream."""
+    draw = np.random.default_rng(0)
+
+    def tokens(low: int, high: int) -> np.ndarray:
+        length = int(draw.integers(low, high + 1))
+        return np.fromiter(islice(stream, length), np.int32, length)
+
+    wanted, steps = lengths(count)
+    prompts = [tokens(100, 200) for _ in range(count)]
+    return Episodes(prompts, wanted, [[tokens(60, 180) for _ in range(STEPS)] for _ in range(count)], steps)
+
+
+def act(model, episodes: Episodes) -> tuple[dict[tuple[int, int], list[int]], Any]:
     """Play with the engine: {(episode, step): its tokens}."""
     from swirl_agents.engine import Request
 
@@ -170,15 +203,16 @@ def _act(model, episodes: _Episodes) -> tuple[dict[tuple[int, int], list[int]], 
     return said, engine
 
 
-def _act_plainly(model, episodes: _Episodes, said: dict[tuple[int, int], list[int]] | None = None) -> dict[str, int]:
+def _act_plainly(model, episodes: Episodes, said: dict[tuple[int, int], list[int]] | None = None) -> dict[str, int]:
     """Play with a fresh `generate()` at each step; where `said` is given, count how its tokens compare (each state is then that of
     `said`)."""
     contexts = list(episodes.prompts)
     compared = {"same": 0, "tie": 0, "different": 0}
     for step in range(STEPS):
         running = [i for i in range(len(contexts)) if step < episodes.steps[i]]
-        rows, leads = generate(model, [contexts[i] for i in running], [int(episodes.wanted[i, step]) for i in running])
-        for i, row, lead in zip(running, rows, leads, strict=True):
+        asked = [contexts[i] for i in running], [int(episodes.wanted[i, step]) for i in running]
+        rows, leads = generate(model, *asked, leads=said is not None)
+        for i, row, lead in zip(running, rows, leads or repeat([]), strict=False):
             if said is not None:
                 compared[_apart(said[i, step], row, lead)] += 1
                 row = said[i, step]
@@ -190,12 +224,12 @@ def rollout_figures(model, counts: Sequence[int] = (32,), rounds: int = 2) -> li
     """For each number of episodes: seconds of the engine and of `generate()`, their ratio, and how the greedy tokens compare."""
     figures = []
     for count in counts:
-        episodes = _Episodes(count, stream_of(model))
+        episodes = drawn(count, stream_of(model))
         seconds = in_turn(
-            {"engine": partial(_act, model, episodes), "generate": partial(_act_plainly, model, episodes)},
+            {"engine": partial(act, model, episodes), "generate": partial(_act_plainly, model, episodes)},
             rounds if count == 32 else 1, warm_up=0,
         )  # fmt: skip
-        said, engine = _act(model, episodes)
+        said, engine = act(model, episodes)
         tokens = engine.prefilled + engine.decoded
         figures.append({
             "episodes": count, "steps": int(episodes.steps.sum()), "goal": GOALS["rollout"] if count == 32 else None,
@@ -221,14 +255,13 @@ def print_rollout(report: dict[str, Any], console: Console) -> None:
     table = Table(title="Acting: the engine against generate()", title_justify="left")
     for heading in ("what", "engine, s", "generate(), s", "times faster", "goal", "greedy rows same / tie / different"):
         table.add_column(heading, justify="left" if heading == "what" else "right")
-    rows = [("fork: " + report["fork"]["shape"], report["fork"])] if "fork" in report else []
-    rows += [
-        (
-            f"rollout: {one['episodes']} episodes, {one['steps']} steps" + (" (tiny model)" if "model" in one else ""),
-            one,
-        )
-        for one in report.get("rollout", ())
+    rows = [
+        (f"fork: K={one['states']}, G={one['samples']}, prompt {one['prompt']:,}", one)
+        for one in report.get("fork", ())
     ]
+    for one in report.get("rollout", ()):
+        tiny = " (tiny model)" if "model" in one else ""
+        rows.append((f"rollout: {one['episodes']} episodes, {one['steps']} steps{tiny}", one))
     for name, one in rows:
         missed = " (missed)" if one["goal"] and one["ratio"]["median"] < one["goal"] else ""
         table.add_row(

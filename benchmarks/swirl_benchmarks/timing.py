@@ -9,13 +9,16 @@ import numpy as np
 
 
 def spread(values: Any) -> dict[str, float]:
-    """Median and quartiles."""
-    low, median, high = np.quantile(np.asarray(values, float), [0.25, 0.5, 0.75])
+    """Median and quartiles; of fewer than four rounds, the least and the most."""
+    values = np.asarray(values, float)
+    low, median, high = np.quantile(values, [0.25, 0.5, 0.75] if len(values) > 3 else [0, 0.5, 1])
     return {"median": round(float(median), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
 
 
 def show(figure: Mapping[str, float], places: int = 1) -> str:
-    """`median [low, high]`."""
+    """`median [low, high]`, or one figure where there was one round."""
+    if figure["low"] == figure["high"]:
+        return f"{figure['median']:.{places}f}"
     return f"{figure['median']:.{places}f} [{figure['low']:.{places}f}, {figure['high']:.{places}f}]"
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from swirl_algos.advantages import leave_one_out
+from swirl_algos.advantages import advantages, leave_one_out, returns
 from swirl_algos.filters import FILTERS, keep
-from swirl_algos.losses import swirl_loss
+from swirl_algos.losses import adapted, kl_loss, policy_loss, token_weights
 
 from swirl_env.errors import UnknownNameError
 from swirl_env.types import Action, EnvRecord, Message, Step, Task, Trajectory, Verdict
@@ -43,26 +43,102 @@ def test_leave_one_out_properties(scores):
         assert advantages[g] == pytest.approx(scores[g] - np.mean(others))
 
 
-def test_loss_against_the_closed_form():
+def test_swirls_loss_against_the_closed_form():
     # two actions of 2 and 1 tokens, advantages 0.5 and -0.5, L_max 10, N = 2, beta 0.1
     logprobs, kl = torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([0.2, 0.4, 0.6])
     advantages = torch.tensor([0.5, 0.5, -0.5])
+    weights = token_weights("constant", np.array([2, 1]), 10, 2, 3)[[0, 0, 1]]
+    parts_n = policy_loss(logprobs, advantages) + 0.1 * kl_loss("exact", kl, logprobs, logprobs)
     policy = -(0.5 * -3.0 + -0.5 * -0.5) / 10 / 2
-    whole = swirl_loss(logprobs, kl, advantages, beta=0.1, max_tokens=10, actions=2)
-    assert float(whole) == pytest.approx(policy + 0.1 * (0.6 + 0.6) / 10 / 2)
-    parts = [swirl_loss(logprobs[n], kl[n], advantages[n], beta=0.1, max_tokens=10, actions=2) for n in ([0], [1, 2])]
-    assert float(sum(parts)) == pytest.approx(float(whole))
+    assert float((torch.tensor(weights) * parts_n).sum()) == pytest.approx(policy + 0.1 * (0.6 + 0.6) / 10 / 2)
 
 
 def test_gradient_is_the_score_function():
-    # d/dlogits of -A log pi(a): A (pi - onehot), divided by L_max N
+    # d/dlogits of -A log pi(a): A (pi - onehot)
     logits = torch.randn(1, 5, dtype=torch.float64, requires_grad=True)
     logprobs = torch.log_softmax(logits, -1)
     two = torch.tensor([2.0], dtype=torch.float64)
-    swirl_loss(logprobs[:, 3], torch.zeros_like(two), two, beta=0.0, max_tokens=4, actions=5).backward()
     onehot = torch.zeros(1, 5, dtype=torch.float64)
     onehot[0, 3] = 1
-    torch.testing.assert_close(logits.grad, 2.0 * (logprobs.exp().detach() - onehot) / 20)
+    for old in (None, logprobs[:, 3].detach()):  # at ratio 1 the clipped loss has the same gradient
+        logits.grad = None
+        policy_loss(logprobs[:, 3], two, old).backward(retain_graph=True)
+        torch.testing.assert_close(logits.grad, 2.0 * (logprobs.exp().detach() - onehot))
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "loss", "moves"),
+    [
+        (1.0, 1.1, -1.1, True),
+        (1.0, 1.5, -1.2, False),  # far enough: no gradient
+        (1.0, 0.5, -0.5, True),
+        (-1.0, 0.9, 0.9, True),
+        (-1.0, 0.5, 0.8, False),
+        (-1.0, 1.5, 1.5, True),
+    ],
+)
+def test_clipping_by_hand(advantage, ratio, loss, moves):
+    logprob = torch.tensor([float(np.log(ratio))], requires_grad=True)
+    value = policy_loss(logprob, torch.tensor([advantage]), torch.zeros(1), clip=0.2)
+    value.sum().backward()
+    assert float(value.detach()) == pytest.approx(loss)
+    assert (float(logprob.grad) != 0) is moves
+
+
+def test_kl_estimators_mean_the_kl():
+    draw = torch.Generator().manual_seed(0)
+    p, q = (torch.log_softmax(torch.randn(6, generator=draw, dtype=torch.float64), -1) for _ in range(2))
+    exact = (p.exp() * (p - q)).sum()
+    assert (p.exp() * kl_loss("k3", p, p, q)).sum() == pytest.approx(float(exact))  # its mean under pi is the KL
+    # the gradient of k2, taken on samples of pi, is that of the KL; k1's is 0
+    logits = torch.randn(6, generator=draw, dtype=torch.float64, requires_grad=True)
+
+    def gradient(terms):
+        return torch.autograd.grad(
+            (torch.softmax(logits, -1).detach() * terms(torch.log_softmax(logits, -1))).sum(), logits
+        )[0]
+
+    whole = torch.autograd.grad((torch.softmax(logits, -1) * (torch.log_softmax(logits, -1) - q)).sum(), logits)[0]
+    torch.testing.assert_close(gradient(lambda p: kl_loss("k2", p, p, q)), whole)
+    torch.testing.assert_close(gradient(lambda p: p - q), torch.zeros_like(whole), atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match="exact, k2 or k3"):
+        kl_loss("k1", p, p, q)
+
+
+def test_what_a_token_counts():
+    lengths = np.array([2, 8])
+    assert token_weights("constant", lengths, 10, 2, 10).tolist() == [0.05, 0.05]
+    assert token_weights("action", lengths, 10, 2, 10).tolist() == [0.25, 0.0625]
+    assert token_weights("token", lengths, 10, 2, 10).tolist() == [0.1, 0.1]
+    for kind in ("action", "token"):  # both weigh all tokens to 1
+        assert (token_weights(kind, lengths, 10, 2, 10) * lengths).sum() == pytest.approx(1)
+
+
+def test_the_weight_of_the_kl_follows_its_target():
+    assert adapted(0.1, 5.0, None) == 0.1
+    assert adapted(0.1, 0.2, 0.1) == pytest.approx(0.102)  # over: up by at most 2 %
+    assert adapted(0.1, 0.0, 0.1) == pytest.approx(0.098)
+    beta = 0.1
+    for _ in range(1000):  # KL = 0.01 / beta: settles at the target
+        beta = adapted(beta, 0.01 / beta, 0.05)
+    assert beta == pytest.approx(0.2, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "discount", "expected"),
+    [([1, 2, 3], 0, [1, 2, 3]), ([1, 2, 3], 1, [6, 5, 3]), ([1, 2, 4], 0.5, [3, 4, 4]), ([1, NAN, 4], 0.5, [NAN, NAN, 4]), ([], 1, [])],
+)  # fmt: skip
+def test_returns_by_hand(rewards, discount, expected):
+    np.testing.assert_allclose(returns(np.array(rewards, float), discount), expected)
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=16))
+def test_baselines_agree_up_to_scale_and_normalise(scores):
+    scores = np.array(scores)
+    group = advantages(scores, "group")
+    np.testing.assert_allclose(group * len(scores) / (len(scores) - 1), leave_one_out(scores), atol=1e-9)
+    if scores.std() > 1e-3:
+        assert advantages(scores, "group", normalise=True).std() == pytest.approx(1, rel=1e-2)
 
 
 def trajectory(scores, outcome):

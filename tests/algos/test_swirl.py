@@ -3,6 +3,7 @@
 import copy
 import warnings
 from dataclasses import replace
+from itertools import repeat
 
 import gymnasium as gym
 import numpy as np
@@ -13,9 +14,11 @@ from swirl_agents.rendering import Renderer
 from swirl_agents.rollout import rollout
 from swirl_agents.scripted import oracle
 from swirl_agents.testing import tiny_model, tiny_tokenizer
-from swirl_algos import sft, swirl, tree
+from swirl_algos import sft, swirl
 from swirl_algos.configs import SftConfig, SwirlConfig
-from swirl_algos.optimize import TrainingError
+from swirl_algos.diagnostics import of_actions
+from swirl_algos.policy_gradient import PolicyGradient
+from swirl_algos.trainer import Trainer, TrainingError
 
 import swirl_env  # noqa: F401
 from swirl_env.judges import RulesJudge
@@ -32,13 +35,21 @@ ENV = make_env().unwrapped
 GOLD = list(rollout(make_env, oracle(ENV), [(i, 0) for i in list(ENV.task_set.tasks)[:6]]))
 
 
+def imitate(model, tokenizer, trajectories, config, **kwargs):
+    sft.train(Trainer(model, tokenizer, **kwargs), trajectories, config)
+
+
+def improve(model, tokenizer, trajectories, judge, grammar, config, **kwargs):
+    swirl.train(Trainer(model, tokenizer, **kwargs), trajectories, judge, grammar, config)
+
+
 def test_sft_trains_on_action_tokens_only():
     model, renderer = tiny_model(TOKENIZER), Renderer(TOKENIZER)
     encoded = renderer.encode(sft.finished(GOLD[0]))
     texts = [renderer.decode(encoded.ids[a:b]) for a, b in encoded.spans]
     assert texts == [step.action.text for step in GOLD[0].steps]
     seen = []
-    sft.train(copy.deepcopy(model), TOKENIZER, GOLD[:1], SftConfig(learning_rate=0.0), log=seen.append)
+    imitate(copy.deepcopy(model), TOKENIZER, GOLD[:1], SftConfig(learning_rate=0.0), log=seen.append)
     ids = torch.tensor(encoded.ids).long()
     with torch.no_grad():
         logprobs = torch.log_softmax(model(ids[None]).logits[0].float(), -1)
@@ -49,7 +60,7 @@ def test_sft_trains_on_action_tokens_only():
 
 def test_sft_learns():
     model, losses = tiny_model(TOKENIZER), []
-    sft.train(model, TOKENIZER, GOLD, SftConfig(learning_rate=1e-2, epochs=8, batch_size=3), log=losses.append)
+    imitate(model, TOKENIZER, GOLD, SftConfig(learning_rate=1e-2, epochs=8, batch_size=3), log=losses.append)
     assert losses[-1]["loss"] < 0.7 * losses[0]["loss"]
     assert len(losses) == losses[0]["updates"] == 16
 
@@ -78,8 +89,12 @@ class EvenLetters:
 
 def batch_of(model, judge, config=CONFIG):
     policy = LocalPolicy(model, TOKENIZER, temperature=config.temperature, max_new_tokens=config.max_new_tokens)
-    candidates = list(swirl.sample_candidates(policy, GOLD[:2], judge, GRAMMAR, config, 0, 0))
-    return candidates, *swirl.branches(policy.renderer, GOLD[:2], candidates)
+    drawn = list(swirl.sample_candidates(policy, GOLD[:2], judge, GRAMMAR, config, 0, 0))
+    nothing = repeat(0.0)
+    candidates = [(i, actions, swirl._with_advantages(group, nothing, config)) for i, actions, group in drawn]
+    advantages = [one.advantage for _, _, group in candidates for one in group]
+    trees = swirl.branches(policy.renderer, GOLD[:2], candidates)
+    return candidates, trees, np.array([np.nan if value is None else value for value in advantages])
 
 
 def test_candidates_stand_at_every_state():
@@ -99,14 +114,26 @@ def test_candidates_stand_at_every_state():
     assert advantages.tolist() == [one.advantage for _, _, drawn in candidates for one in drawn]
 
 
-@pytest.mark.parametrize("lay_out", [tree.plain, tree.pack])
+def first_update(model, reference, trees, advantages, config):
+    """The metrics of one update whose reference is another model."""
+    trainer = Trainer(model, TOKENIZER)
+    trainer.reference = reference
+    gradient = PolicyGradient(trainer, config)
+    [metrics] = [
+        gradient.update(trees, advantages) for _ in trainer.updates(1, "test", replace(config, learning_rate=0.0))
+    ]
+    return metrics
+
+
+@pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("tight", [False, True])
-def test_loss_is_the_formula(lay_out, tight):
+def test_loss_is_the_formula(plain, tight):
     model, old = tiny_model(TOKENIZER, seed=1), tiny_model(TOKENIZER, seed=2)
     candidates, trees, advantages = batch_of(model, EvenLetters())
     scored = sum(one.advantage is not None for _, _, drawn in candidates for one in drawn)
     longest = max(len(state.context) for states in trees for state in states) + CONFIG.max_new_tokens
-    got = swirl.backward(model, old, lay_out(trees, longest if tight else 100_000), advantages, CONFIG, scored)
+    config = replace(CONFIG, reference=plain, row_tokens=longest if tight else 100_000)
+    got = first_update(model, old, trees, advantages, config)
     total, kl_total, tokens = 0.0, 0.0, 0
     with torch.no_grad():
         for i, actions, drawn in candidates:
@@ -128,7 +155,7 @@ def test_reference_and_fast_way_train_alike():
     for reference in (True, False):
         model, losses = tiny_model(TOKENIZER, seed=1), []
         config = replace(CONFIG, reference=reference, learning_rate=1e-3)
-        swirl.train(model, TOKENIZER, GOLD[:4], EvenLetters(), GRAMMAR, config, log=losses.append)
+        improve(model, TOKENIZER, GOLD[:4], EvenLetters(), GRAMMAR, config, log=losses.append)
         final.append([one["loss"] for one in losses])
     assert final[0] == pytest.approx(final[1], abs=1e-5)
 
@@ -138,7 +165,7 @@ def test_what_does_not_fit_is_left_out_counted_and_told():
     lengths = [len(Renderer(TOKENIZER).encode(state).ids) for state in GOLD[0].states()]
     config = replace(CONFIG, row_tokens=lengths[0] + CONFIG.max_new_tokens)
     with pytest.warns(UserWarning, match="Raise row_tokens"):
-        swirl.train(model, TOKENIZER, GOLD[:1], EvenLetters(), GRAMMAR, config, log=seen.append)
+        improve(model, TOKENIZER, GOLD[:1], EvenLetters(), GRAMMAR, config, log=seen.append)
     assert len(lengths) > 1
     assert seen[0]["over_budget"] == 3 * (len(lengths) - 1)
     assert seen[0]["scored"] == 3
@@ -147,7 +174,7 @@ def test_what_does_not_fit_is_left_out_counted_and_told():
 def test_a_state_that_leaves_no_room_in_the_context_is_counted():
     lengths = [len(Renderer(TOKENIZER).encode(state).ids) for state in GOLD[0].states()]
     model, seen = tiny_model(TOKENIZER, seed=1, context=lengths[0] + CONFIG.max_new_tokens), []
-    swirl.train(model, TOKENIZER, GOLD[:1], EvenLetters(), GRAMMAR, CONFIG, log=seen.append)
+    improve(model, TOKENIZER, GOLD[:1], EvenLetters(), GRAMMAR, CONFIG, log=seen.append)
     assert (seen[0]["too_long"], seen[0]["scored"]) == (len(lengths) - 1, 3)
 
 
@@ -165,7 +192,7 @@ def test_a_model_that_cannot_be_packed_trains_on_plain_rows():
         swirl_config = replace(CONFIG, reference=reference)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            swirl.train(model, TOKENIZER, GOLD[:1], EvenLetters(), GRAMMAR, swirl_config, log=seen.append)
+            improve(model, TOKENIZER, GOLD[:1], EvenLetters(), GRAMMAR, swirl_config, log=seen.append)
         assert any("cannot be packed: it keeps no plain" in str(one.message) for one in told) is not reference
         losses.append(seen[0]["loss"])
     assert losses[0] == losses[1]
@@ -187,7 +214,7 @@ def test_a_template_that_drops_old_thoughts_trains_on_what_it_shows():
         model, seen = tiny_model(tokenizer, seed=1), []
         with pytest.warns(UserWarning, match="changes older turns"):
             config = replace(CONFIG, reference=reference)
-            swirl.train(model, tokenizer, thought, EvenLetters(), GRAMMAR, config, log=seen.append)
+            improve(model, tokenizer, thought, EvenLetters(), GRAMMAR, config, log=seen.append)
         losses.append(seen[0]["loss"])
         rows.append(seen[0]["row_tokens"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
@@ -203,7 +230,7 @@ def test_the_reference_of_an_adapter_is_the_starting_checkpoint(trained):
     model, seen = peft.get_peft_model(tiny_model(TOKENIZER, seed=1), config), []
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # it is packed, in training mode too
-        swirl.train(
+        improve(
             model.train(),
             TOKENIZER,
             GOLD[:4],
@@ -235,21 +262,22 @@ def test_unknown_verdicts_carry_no_gradient_and_are_counted():
     lonely = [group for _, _, group in candidates if sum(one.verdict.score is not None for one in group) == 1]
     assert lonely
     assert all(one.advantage is None for group in lonely for one in group)
-    assert len(advantages) == sum(one.advantage is not None for one in drawn)
+    assert np.isnan(advantages).sum() == sum(one.advantage is None for one in drawn)
     assert sum(len(state.actions) for states in trees for state in states) == len(advantages)
-    metrics = swirl._count(candidates)
-    assert metrics["unknown"] == sum(one.verdict.score is None for one in drawn)
+    metrics = first_update(tiny_model(TOKENIZER), tiny_model(TOKENIZER), trees, advantages, CONFIG)
+    assert metrics["scored"] == np.sum(~np.isnan(advantages))
+    assert of_actions(drawn)["unknown"] == sum(one.verdict.score is None for one in drawn)
 
 
 def test_nothing_to_learn_from_is_told():
     model = tiny_model(TOKENIZER)
     before = [parameter.clone() for parameter in model.parameters()]
     with pytest.raises(TrainingError, match="No trajectory is left"):
-        swirl.train(model, TOKENIZER, [], RulesJudge(), GRAMMAR, CONFIG)
+        improve(model, TOKENIZER, [], RulesJudge(), GRAMMAR, CONFIG)
     with pytest.raises(TrainingError, match="Is the judge answering"):
-        swirl.train(model, TOKENIZER, GOLD[:1], Unknowing(everything=True), GRAMMAR, CONFIG)
+        improve(model, TOKENIZER, GOLD[:1], Unknowing(everything=True), GRAMMAR, CONFIG)
     with pytest.raises(TrainingError, match="No trajectory to imitate"):
-        sft.train(model, TOKENIZER, [], SftConfig())
+        imitate(model, TOKENIZER, [], SftConfig())
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -259,7 +287,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step():
         model.lm_head.weight[0, 0] = float("nan")
     before = model.model.layers[0].mlp.up_proj.weight.clone()
     with pytest.raises(TrainingError, match="not finite"):
-        sft.train(model, TOKENIZER, GOLD[:1], SftConfig())
+        imitate(model, TOKENIZER, GOLD[:1], SftConfig())
     assert torch.equal(before, model.model.layers[0].mlp.up_proj.weight)
 
 
@@ -267,7 +295,7 @@ def test_same_seed_same_model():
     trained = []
     for _ in range(2):
         model = tiny_model(TOKENIZER, seed=1)
-        swirl.train(model, TOKENIZER, GOLD[:2], EvenLetters(), GRAMMAR, replace(CONFIG, learning_rate=1e-3), seed=5)
+        improve(model, TOKENIZER, GOLD[:2], EvenLetters(), GRAMMAR, replace(CONFIG, learning_rate=1e-3), seed=5)
         trained.append([parameter.detach().clone() for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*trained, strict=True))
 
@@ -275,7 +303,7 @@ def test_same_seed_same_model():
 def test_swirl_solves_what_the_judge_rewards():
     model, seen = tiny_model(TOKENIZER, seed=1), []
     config = SwirlConfig(learning_rate=2e-2, epochs=8, batch_size=6, samples=8, max_new_tokens=4, beta=0.001)
-    swirl.train(model, TOKENIZER, GOLD, EvenLetters(), GRAMMAR, config, log=seen.append)
+    improve(model, TOKENIZER, GOLD, EvenLetters(), GRAMMAR, config, log=seen.append)
     assert seen[0]["score"] < 0.6
     assert seen[-1]["score"] > 0.95
     assert seen[0]["kl"] == pytest.approx(0, abs=1e-5)  # the reference is the starting checkpoint

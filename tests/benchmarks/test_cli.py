@@ -25,9 +25,10 @@ def swirl(*arguments, code=0, **kwargs):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A model folder of a few thousand random weights."""
+    """A model folder of a few thousand random weights, which now and then writes a legal action: some are single tokens."""
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = tiny_tokenizer()
+    legal = [f"<calculator>{i}+{j}</calculator>" for i in range(2, 40) for j in range(2, 12)]
+    tokenizer = tiny_tokenizer(" ".join([*legal, *(f"<answer>{i}</answer>" for i in range(100))]))
     tiny_model(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -147,14 +148,15 @@ def test_play():
 
 
 RUN = ("run", "swirl/GSM8K-v0", "--tasks", 3, "--samples", 1, "--demonstrations", 3, "--filter", "none", "--max-steps", 3, "--swirl.max-new-tokens", 8,
-       "--swirl.samples", 2, "--batch-size", 2)  # fmt: skip
+       "--swirl.samples", 8, "--swirl.batch-size", 1, "--batch-size", 2)  # fmt: skip
 FILES = [
     "demonstrations.jsonl",
     "trajectories.jsonl",
     "judged.jsonl",
     "kept.jsonl",
-    "candidates.jsonl",
-    "metrics.jsonl",
+    "training/warm_start/metrics.jsonl",
+    "training/swirl/candidates.jsonl",
+    "training/swirl/metrics.jsonl",
 ]
 
 
@@ -164,6 +166,7 @@ def contents(folder):
     for name in FILES:
         lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
         for line in lines:
+            line.pop("seconds", None)
             for step in line.get("steps", []):
                 for part in [*step["results"], step["verdict"] or {}, step["tokens"] or {}]:
                     part.pop("seconds", None)
@@ -189,7 +192,7 @@ def test_run_end_to_end_resumes_after_kill_and_refuses_another_config(tiny, tmp_
     assert not train & {t.task.id for t in read(whole / "demonstrations.jsonl", Trajectory)}
 
     # killed at three moments: while acting, after the warm start, while training; then run to the end
-    for moment in ("eval/base.unjudged.jsonl", "trajectories.jsonl", "candidates.jsonl"):
+    for moment in ("eval/base.unjudged.jsonl", "trajectories.jsonl", "training/swirl/candidates.jsonl"):
         process = subprocess.Popen([*map(str, [*SWIRL, *RUN, "--model", tiny, "--out", killed])], stderr=subprocess.DEVNULL,
                                    stdout=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
         deadline = time.monotonic() + 120
@@ -215,22 +218,21 @@ def test_a_run_with_a_judge_behind_a_server_tells_how_often_the_cache_knew(tiny,
         judge = json.dumps({"model": server.url, "cache": str(tmp_path / "v.db")})
         swirl(*RUN, "--model", tiny, "--judge", judge, "--out", tmp_path / "run")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    # a random model writes no legal action, and a malformed one costs no call: only the check at the begin does
-    assert (results["verdicts"], len(server.bodies)) == ({"asked": 0, "cached": 0, "hit_rate": None}, 1)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert {"hit_rate" in line for line in lines if line["stage"] == "swirl"} == {True}
+    # one call is the check at the begin; a malformed action costs none
+    assert results["verdicts"]["asked"] == len(server.bodies) - 1 > 0
+    assert 0 <= results["verdicts"]["hit_rate"] < 1
 
 
 def test_run_stops_with_a_sentence_where_nothing_is_kept(tiny, tmp_path):
     out = tmp_path / "run"
     done = swirl(*RUN, "--model", tiny, "--filter", "outcome", "--out", out, code=2)
-    assert "No trajectory is left to train on" in done.stderr
+    assert "The filter outcome leaves none of the 3 trajectories" in done.stderr
     assert len(list(read(out / "judged.jsonl", Trajectory))) == 3
 
 
-def test_an_update_whose_verdicts_are_all_unknown_is_logged(tmp_path):
-    from swirl_benchmarks.run import _Log
+def test_an_update_whose_verdicts_are_all_unknown_is_shown(capsys):
+    from swirl_algos.launch import _Progress
 
-    with _Log(tmp_path, "swirl", "train") as log:
-        log({"update": 0, "updates": 1, "score": None})
-    assert json.loads((tmp_path / "metrics.jsonl").read_text())["score"] is None
+    with _Progress("train") as log:
+        log({"update": 0, "updates": 1, "score": None, "loss": 0.5})
+    assert "loss=0.500" in capsys.readouterr().err

@@ -12,7 +12,8 @@ from swirl_agents.rollout import rollout
 from swirl_agents.scripted import oracle
 from swirl_agents.testing import tiny_model, tiny_tokenizer
 from swirl_agents.testing_server import ChatServer
-from swirl_benchmarks import evaluate, judging, stages
+from swirl_algos import stages
+from swirl_benchmarks import evaluate, judging
 from swirl_benchmarks.judging import VERDICT_TOKENS, WORD_TOKENS, Disagreement, open_judge, rejudge
 
 from swirl_env.errors import ConfigError, UnknownArgumentError, UnknownNameError

@@ -9,9 +9,9 @@ from typing import Any
 
 import gymnasium as gym
 from swirl_agents.rollout import rollout
-from swirl_algos.filters import Kept, keep
 from tqdm import tqdm
 
+from swirl_algos.filters import Kept, keep
 from swirl_env.errors import SwirlError
 from swirl_env.io import Writer, read
 from swirl_env.judges import ask, views
@@ -51,7 +51,7 @@ def bar(total: int, name: str, unit: str, done: int = 0, delay: float = 0) -> tq
 
 def generate(
     make_env: Callable[[], gym.Env], policy: Policy, task_ids: Sequence[str], path: Path, *, samples: int = 1, seed: int = 0,
-    batch_size: int = 32, name: str = "generate",
+    batch_size: int = 32, round: int = 0, name: str = "generate",
 ) -> list[Trajectory]:  # fmt: skip
     """Trajectories of (task, sample) pairs; those already in the file are not made again.
 
@@ -60,14 +60,14 @@ def generate(
     """
     done = {trajectory.key: trajectory for trajectory in read(path, Trajectory)}
     jobs = [(task_id, sample) for task_id in task_ids for sample in range(samples)]
-    missing = [(task_id, sample) for task_id, sample in jobs if (task_id, sample, 0) not in done]
+    missing = [(task_id, sample) for task_id, sample in jobs if (task_id, sample, round) not in done]
     if missing:
         with Writer[Trajectory](path) as out, bar(len(jobs), name, "episode", len(jobs) - len(missing)) as progress:
-            for trajectory in rollout(make_env, policy, missing, seed=seed, batch_size=batch_size):
+            for trajectory in rollout(make_env, policy, missing, seed=seed, round=round, batch_size=batch_size):
                 out.write(trajectory)
                 done[trajectory.key] = trajectory
                 progress.update()
-    return [done[task_id, sample, 0] for task_id, sample in jobs]
+    return [done[task_id, sample, round] for task_id, sample in jobs]
 
 
 def judge(trajectories: Iterable[Trajectory], judge: Judge, path: Path, unknown_limit: float = 1.0) -> list[Trajectory]:

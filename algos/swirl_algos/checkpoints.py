@@ -1,0 +1,147 @@
+"""Checkpoints: a model folder that anything may load, and beside it what is needed to go on exactly from there.
+
+    update-000020/
+      config.json, model.safetensors, tokenizer ...     (LoRA: adapter_config.json, adapter_model.safetensors)
+      optimizer.safetensors                             AdamW's moments by parameter name, and the random generators' states
+      trainer.json                                      the next update, what the run is, what the algorithm keeps
+
+Safetensors and JSON only: loading runs no code. A folder gets its name when it is whole, and the one before it is removed only
+then, so a process that is killed, or a full disk, leaves the last good one.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from swirl_env.errors import SwirlError
+
+OPTIMIZER, STATE = "optimizer.safetensors", "trainer.json"
+
+
+class TrainingError(SwirlError, RuntimeError):
+    """Training cannot go on; what was saved before is intact."""
+
+
+def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
+    """Make a folder whole or not at all. Raises `TrainingError` where the disk is full, and leaves nothing behind."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        write(part)
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        shutil.rmtree(part, ignore_errors=True)
+        raise TrainingError(
+            f"{folder} could not be written: {error}. The last good checkpoint is intact; make room and give the same command again."
+        ) from error
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a folder of them."""
+    found = [path for path in folder.glob("update-*") if path.suffix != ".part" and (path / STATE).exists()]
+    return max(found, default=None)
+
+
+def fingerprint(model) -> dict[str, Any]:
+    """What tells one model from another, whatever its weights: its family and the shapes of its trained parameters."""
+    shapes = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    config = model.config.get_text_config()
+    return {
+        "family": config.model_type, "vocabulary": config.vocab_size, "layers": config.num_hidden_layers,
+        "trained_parameters": sum(torch.Size(shape).numel() for shape in shapes.values()), "trained_tensors": len(shapes),
+    }  # fmt: skip
+
+
+def save_model(model, tokenizer, folder: Path) -> None:
+    """A model folder for `from_pretrained`; of a model with adapters, the adapter for `PeftModel.from_pretrained`."""
+    model.save_pretrained(folder, safe_serialization=True)
+    tokenizer.save_pretrained(folder)
+
+
+def save(folder: Path, update: int, model, tokenizer, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Write `update-N` (N: the next update) and remove older ones."""
+
+    def write(part: Path) -> None:
+        save_model(model, tokenizer, part)
+        tensors = {f"rng.{name}": value for name, value in _generators().items()}
+        for name, parameter in _trained(model):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"{name}.{key}"] = value.detach().contiguous()
+        save_file(tensors, part / OPTIMIZER)
+        (part / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+    name = f"update-{update:06d}"
+    write_folder(folder / name, write)
+    for old in folder.glob("update-*"):
+        if old.name != name:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def load(checkpoint: Path, model, optimizer: torch.optim.Optimizer, expected: dict[str, Any]) -> dict[str, Any]:
+    """Put model, optimiser and generators where they were; returns `trainer.json`.
+
+    Args:
+        checkpoint: an `update-N` folder.
+        model: of the same family and shapes.
+        optimizer: over its trained parameters.
+        expected: values that `trainer.json` must hold, such as the model's `fingerprint`.
+
+    Raises:
+        TrainingError: it is of another model or run, or cannot be read; the difference is named.
+    """
+    try:
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        for key, value in expected.items():
+            if state.get(key) != value:
+                raise TrainingError(
+                    f"{checkpoint} is a checkpoint of another run: its {key} is {state.get(key)!r}, here it is {value!r}. Give another "
+                    "name, or remove it to begin anew."
+                )
+        tensors = load_file(checkpoint / OPTIMIZER)
+        _load_weights(checkpoint, model)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise TrainingError(
+            f"{checkpoint} cannot be read: {error}. Remove it to begin from the checkpoint before it, or from the start."
+        ) from error
+    for name, parameter in _trained(model):
+        found = {key.removeprefix(f"{name}."): tensors[key] for key in tensors if key.rpartition(".")[0] == name}
+        if found:
+            optimizer.state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device) for key, value in found.items()
+            }
+    torch.set_rng_state(tensors["rng.cpu"])
+    if torch.cuda.is_available() and "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    return state
+
+
+def _trained(model):
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _generators() -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _load_weights(checkpoint: Path, model) -> None:
+    if hasattr(model, "peft_config"):
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
+        return
+    loaded = type(model).from_pretrained(checkpoint, dtype=next(model.parameters()).dtype)
+    model.load_state_dict(loaded.state_dict())

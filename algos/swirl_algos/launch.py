@@ -1,0 +1,317 @@
+"""One training from the command line, in one process or many: `python -m swirl_algos.swirl RUN`, `swirl train RUN --algo swirl`,
+`accelerate launch --num_processes 2 -m swirl_algos.swirl RUN`.
+
+RUN is the folder of `swirl generate` or `swirl run`. The result is a model folder RUN/NAME; how it came about lies in
+RUN/training/NAME: its settings, `metrics.jsonl`, `candidates.jsonl`, checkpoints while it is not done. The same command goes on after a
+stop.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import gymnasium as gym
+import tyro
+from tyro.conf import Positional
+
+from swirl_algos import stages
+from swirl_algos.configs import GrpoConfig, ReinforceConfig, SftConfig, SwirlConfig, TrainerConfig
+from swirl_algos.filters import FILTERS, Kept, keep
+from swirl_algos.folders import claim, complete, read_claim
+from swirl_env.env import ToolEnv
+from swirl_env.errors import ConfigError, SwirlError, UnknownNameError, near
+from swirl_env.io import read
+from swirl_env.judges import make_judge
+from swirl_env.types import Judge, Trajectory
+
+CONFIGS = {"swirl": SwirlConfig, "reinforce": ReinforceConfig, "grpo": GrpoConfig, "sft": SftConfig}
+WARM_START = "warm_start"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What is trained, from what."""
+
+    run: Positional[Path]
+    """run folder, or a file of (judged) trajectories"""
+    model: str | None = None
+    """checkpoint to start from: a folder or a model's name; none: the run's warm start, else the model that acted"""
+    name: str | None = None
+    """name of the result in the run folder; none: that of the algorithm"""
+    judge: str | None = None
+    """who scores the actions; none: as in the run, else rules"""
+    filter: str | None = None
+    """which judged trajectories to train on: none, process, outcome or both; not given: kept.jsonl, else process"""
+    limit: int | None = None
+    """so many of them, drawn by the seed; none: all"""
+    seed: int = 0
+    """of the order and of every draw"""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+def main(
+    algorithm: str, arguments: Sequence[str] | None = None, open_judge: Callable[[str], Judge] = make_judge,
+    program: str | None = None,
+) -> None:  # fmt: skip
+    """Read the command line and train; errors are sentences on standard error, exit code 2.
+
+    Args:
+        algorithm: swirl, reinforce, grpo or sft.
+        arguments: of the command line; `None`: this process's.
+        open_judge: makes a judge from its name.
+        program: as help calls the command.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    kind = CONFIGS[algorithm]
+
+    def command(
+        launch: Annotated[Launch, tyro.conf.arg(name="")], config: Annotated[kind, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    ) -> None:  # fmt: skip
+        train(algorithm, launch, config, open_judge)
+
+    about = (sys.modules.get(f"swirl_algos.{algorithm}") or sys.modules["__main__"]).__doc__ or algorithm
+    try:
+        tyro.cli(
+            command,
+            args=arguments,
+            prog=program or f"python -m swirl_algos.{algorithm}",
+            description=about.partition("\n")[0],
+        )
+    except (SwirlError, OSError) as error:
+        if program is not None:
+            raise
+        print(f"swirl: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def train(algorithm: str, launch: Launch, config: Any, open_judge: Callable[[str], Judge] = make_judge) -> Path:
+    """Train, or go on training; returns the model folder, which may be there already.
+
+    Raises:
+        ConfigError: a value that cannot work, or the folder holds a training with other settings (the differences are named).
+        TrainingError: see the algorithm's `train`.
+    """
+    _check(launch, config)
+    folder = launch.run if launch.run.is_dir() else launch.run.parent
+    name = launch.name or algorithm
+    target, place = folder / name, folder / "training" / name
+    recorded = read_claim(folder / "run.json") if (folder / "run.json").exists() else {}
+    settings = {"algorithm": algorithm, **asdict(launch), "run": launch.run.name, **asdict(config)}
+    first = _first_process()
+    if first:
+        claim(place / "training.json", settings, "--name")
+    if complete(target):
+        _say(f"{target} is complete.", first)
+        return target
+    trajectories = chosen(launch, folder)
+    judge = open_judge(launch.judge or recorded.get("judge") or "rules")
+    start = launch.model or _start(folder, recorded, trajectories)
+    if algorithm == "swirl":
+        _rounds(launch, config, trajectories, judge, start, place, target)
+        return target
+    with _Progress(name) as log:
+        trainer = _trainer(start, launch, place, log)
+        if algorithm == "sft":
+            from swirl_algos import sft
+
+            sft.train(trainer, trajectories, config)
+        else:
+            from swirl_algos import grpo, reinforce
+
+            make_env = env_of(trajectories[0], judge, "outcome" if algorithm == "grpo" else config.reward)
+            tasks = list(dict.fromkeys(one.task.id for one in trajectories))
+            (grpo if algorithm == "grpo" else reinforce).train(trainer, make_env, tasks, config)
+        trainer.save_model(target)
+    _say(f"{target} is the trained model; {place / 'metrics.jsonl'} says how it went.", first)
+    return target
+
+
+def chosen(launch: Launch, folder: Path) -> list[Trajectory]:
+    """The trajectories to train on. Raises `ConfigError` where there are none."""
+    if launch.run.is_file():
+        found, source = list(read(launch.run, Trajectory)), launch.run
+    elif launch.filter is None and (folder / "kept.jsonl").exists():
+        found, source = list(read(folder / "kept.jsonl", Trajectory)), folder / "kept.jsonl"
+    else:
+        source = judged_file(folder)
+        found = list(read(source, Trajectory))
+    if launch.filter is not None or source.name.startswith("judged"):
+        result = keep(launch.filter or "process", found)
+        if not result.kept and found:
+            raise ConfigError(none_left(launch.filter or "process", result, source))
+        found = result.kept
+    if not found:
+        raise ConfigError(f"There is no trajectory to train on in {source}. Generate more, or use another --filter.")
+    if launch.limit is not None and launch.limit < len(found):
+        import numpy as np
+
+        order = np.random.default_rng(launch.seed).permutation(len(found))[: launch.limit]
+        found = [found[i] for i in sorted(order)]
+    return found
+
+
+def none_left(filter: str, result: Kept, source: Path) -> str:
+    """What to say where a filter keeps nothing."""
+    return (
+        f"The filter {filter} leaves none of the {result.dropped + result.unknown} trajectories in {source} ({result.dropped} dropped, "
+        f"{result.unknown} with an unknown verdict). Generate more, use another --filter, or look at their verdicts."
+    )
+
+
+def judged_file(folder: Path) -> Path:
+    """`judged.jsonl`, or the one `judged-NAME.jsonl`. Raises `ConfigError` if there is none, or more than one."""
+    found = sorted(folder.glob("judged-*.jsonl"))
+    if (folder / "judged.jsonl").exists():
+        return folder / "judged.jsonl"
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise ConfigError(
+            f"One file of judged trajectories is needed in {folder}, found {names}. Judge them: swirl judge {folder} --judge rules; or "
+            "name the file in place of the folder."
+        )
+    return found[0]
+
+
+def env_of(trajectory: Trajectory, judge: Judge | None, reward: str) -> Callable[[], gym.Env]:
+    """Makes the environment that a trajectory was recorded in, with this judge and reward."""
+    record = trajectory.env
+    if record.id not in gym.registry:
+        raise UnknownNameError(f"No environment is called {record.id!r}: import the module that registers it.")
+
+    def make() -> gym.Env:
+        kwargs = record.kwargs | {"judge": None, "reward": "outcome"}
+        env = gym.make(record.id, disable_env_checker=True, **kwargs)
+        base = env.unwrapped
+        assert isinstance(base, ToolEnv)
+        base.set_judge(judge)
+        base.reward = reward
+        return env
+
+    return make
+
+
+def _rounds(
+    launch: Launch, config: SwirlConfig, trajectories: list[Trajectory], judge: Judge, start: str, place: Path, target: Path
+) -> None:  # fmt: skip
+    """SWiRL once, or round by round: each acts, judges and filters with the policy of the one before."""
+    from swirl_algos import swirl
+
+    name = launch.name or "swirl"
+    first = trajectories[0]
+    for round in range(config.rounds):
+        last = round == config.rounds - 1
+        here = target if last else place / f"round-{round}" / "model"
+        if not complete(here):
+            with _Progress(name if config.rounds == 1 else f"{name}, round {round}") as log:
+                trainer = _trainer(start, launch, place if config.rounds == 1 else place / f"round-{round}", log)
+                if round:
+                    trajectories = _again(trainer, launch, config, trajectories, judge, round, place / f"round-{round}")
+                grammar = env_of(first, None, "outcome")().unwrapped.grammar  # type: ignore[attr-defined]
+                swirl.train(trainer, trajectories, judge, grammar, config)
+                trainer.save_model(here)
+        start = str(here)
+    _say(f"{target} is the trained model; {place} says how it went.", _first_process())
+
+
+def _again(
+    trainer: Any, launch: Launch, config: SwirlConfig, before: list[Trajectory], judge: Judge, round: int, place: Path
+) -> list[Trajectory]:
+    """New trajectories of the same questions by the current policy, judged and filtered; each process makes its share."""
+    tasks = list(dict.fromkeys(one.task.id for one in before))
+    samples = 1 + max(one.sample for one in before)
+    part = f"-{trainer.rank}" if trainer.world > 1 else ""
+    policy = trainer.policy(config.temperature, config.max_new_tokens)
+    acted = stages.generate(
+        env_of(before[0], None, "outcome"), policy, trainer.mine(tasks), place / f"trajectories{part}.jsonl", samples=samples,
+        seed=launch.seed, round=round, name=f"generate, round {round}",
+    )  # fmt: skip
+    policy.free()
+    judged = trainer.gather(stages.judge(acted, judge, place / f"judged{part}.jsonl"))
+    kept = keep(launch.filter or "process", judged)
+    if not kept.kept:
+        said = none_left(launch.filter or "process", kept, place)
+        raise ConfigError(f"Round {round}: {said} The model of the round before is in {place.parent}.")
+    return kept.kept
+
+
+def _trainer(start: str, launch: Launch, place: Path, log: Callable[[dict], None]):
+    from swirl_agents.models import load_model
+
+    from swirl_algos.trainer import Trainer
+
+    model, tokenizer = load_model(start, training=True)
+    return Trainer(model, tokenizer, launch.trainer, folder=place, seed=launch.seed, log=log)
+
+
+def _start(folder: Path, recorded: dict[str, Any], trajectories: list[Trajectory]) -> str:
+    if complete(folder / WARM_START):
+        return str(folder / WARM_START)
+    if recorded.get("model"):
+        return str(recorded["model"])
+    raise ConfigError(
+        f"It is not known which model {trajectories[0].policy!r} in {folder} was: name it with --model (a folder, or smollm2-135m)."
+    )
+
+
+def _check(launch: Launch, config: Any) -> None:
+    if launch.filter is not None and launch.filter not in FILTERS:
+        raise UnknownNameError(f"No filter is called {launch.filter!r}.{near(launch.filter, FILTERS)}")
+    if not launch.run.exists():
+        raise ConfigError(f"There is no {launch.run}. Make one with swirl generate or swirl run.")
+    if launch.limit is not None and launch.limit < 1:
+        raise ConfigError(f"limit must be at least 1, got {launch.limit}.")
+    check_config(config)
+
+
+def check_config(config: Any, prefix: str = "") -> None:
+    """What could only fail hours later fails now. Raises `ConfigError`."""
+    least = {
+        "epochs": 1,
+        "batch_size": 1,
+        "samples": 2,
+        "max_new_tokens": 1,
+        "rounds": 1,
+        "updates": 1,
+        "passes": 1,
+        "row_tokens": 2,
+    }
+    for name, minimum in least.items():
+        if getattr(config, name, minimum) < minimum:
+            raise ConfigError(f"{prefix}{name} must be at least {minimum}, got {getattr(config, name)}.")
+    if not getattr(config, "temperature", 1) > 0:
+        raise ConfigError(f"{prefix}temperature must be above 0 to sample different actions, got {config.temperature}.")
+
+
+def _first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(text: str, first: bool) -> None:
+    if first:
+        print(text, file=sys.stderr)
+
+
+class _Progress:
+    """A bar that moves with the updates, in the first process."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self._bar: Any = None
+
+    def __call__(self, metrics: dict[str, Any]) -> None:
+        self._bar = self._bar or stages.bar(metrics["updates"], self.name, "update", metrics["update"])
+        shown = {
+            key: f"{metrics[key]:.3f}" for key in ("loss", "score", "outcome", "kl") if metrics.get(key) is not None
+        }
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

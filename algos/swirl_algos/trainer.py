@@ -1,0 +1,336 @@
+"""`Trainer`: everything of an update but the algorithm.
+
+Processes, precision, the optimiser with its schedule and clipping, checkpoints to go on from, metrics and trackers; on accelerate, so
+that `accelerate launch` decides on how many cards it runs. An algorithm reads
+
+    for update in trainer.updates(count, name, config):    # goes on after the last checkpoint
+        ...                                                 # accumulate a gradient of this process's share
+        metrics |= trainer.step(loss)                       # summed over processes, clipped, applied
+        trainer.log(metrics)
+
+Each process works on `trainer.mine(batch)`, losses are divided by counts of the whole batch (`trainer.total`), and gradients are
+summed once an update: the same step as one process would take on the same batch, however unequal the shares. An update is
+accumulated over as many packed rows as its batch needs, so memory is bounded by the row, not by the batch.
+"""
+
+import copy
+import json
+import math
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from swirl_agents.local import LocalPolicy
+
+from swirl_algos import checkpoints
+from swirl_algos.checkpoints import TrainingError
+from swirl_algos.configs import TrainerConfig
+from swirl_env.errors import ConfigError
+from swirl_env.io import Writer
+
+Item = TypeVar("Item")
+FLAT_UPDATES = 20
+"""Updates from the start without one advantage that is not 0, after which training stops."""
+
+
+def shuffled_batches(items: Sequence[Item], epochs: int, batch_size: int, seed: int) -> list[list[Item]]:
+    """The batches of all epochs, each epoch in an order of its own."""
+    order, batches = np.random.default_rng(seed), []
+    for _ in range(epochs):
+        shuffled = [items[i] for i in order.permutation(len(items))]
+        batches += [shuffled[i : i + batch_size] for i in range(0, len(shuffled), batch_size)]
+    return batches
+
+
+class Trainer:
+    """A model in training.
+
+    Args:
+        model: a causal language model; it is changed in place (with `lora_rank`, `trainer.model` is it with adapters).
+        tokenizer: its tokenizer.
+        config: see `TrainerConfig`.
+        folder: where `metrics.jsonl`, `candidates.jsonl` and checkpoints go, and where training goes on from; `None`: nothing is
+            written.
+        seed: of the order of the data and of every draw.
+        log: called in the main process with the metrics of each update.
+
+    Raises:
+        ConfigError: LoRA without peft, or a tracker that is not installed.
+    """
+
+    def __init__(
+        self, model, tokenizer, config: TrainerConfig | None = None, *, folder: Path | None = None, seed: int = 0,
+        log: Callable[[dict[str, Any]], None] = lambda metrics: None,
+    ):  # fmt: skip
+        self.config = config = config or TrainerConfig()
+        self.tokenizer, self.folder, self.seed, self._tell = tokenizer, folder, seed, log
+        trackers = _trackers(config.tracker) if folder else []
+        self.accelerator = Accelerator(
+            mixed_precision=config.precision, log_with=trackers or None, project_dir=folder,
+            cpu=model.device.type == "cpu",
+        )  # fmt: skip
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.main = self.accelerator.is_main_process
+        self.model = _with_adapters(model.to(self.accelerator.device), config, seed)
+        self._fresh = _fresh_adapter(self.model)
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.model.enable_input_require_grads()
+        self.kept: dict[str, Any] = {}
+        """What an algorithm wants to find again after a restart, as JSON."""
+        self.update, self._moved = 0, False
+        self._flat, self._began = True, time.monotonic()
+        self._writers: dict[str, Writer] = {}
+
+    # -- what algorithms read
+
+    @cached_property
+    def reference(self) -> Any:
+        """pi_ref: the checkpoint that training starts from, to be asked for before `updates`. A model whose fresh adapter does nothing
+        yet is its own, with the adapter off."""
+        assert not self._moved, "the weights are no longer those of the start"
+        return self.model if self._fresh else copy.deepcopy(self.model).requires_grad_(False).eval()
+
+    def policy(self, temperature: float, max_new_tokens: int) -> LocalPolicy:
+        """The model in training, as a policy."""
+        return LocalPolicy(
+            self.model, self.tokenizer, temperature=temperature, max_new_tokens=max_new_tokens, seed=self.seed
+        )
+
+    def mine(self, batch: Sequence[Item]) -> Sequence[Item]:
+        """This process's share of a batch."""
+        return batch[self.rank :: self.world]
+
+    def total(self, counts: Mapping[str, float]) -> dict[str, float]:
+        """Sums over all processes."""
+        if self.world == 1:
+            return dict(counts)
+        sums = torch.tensor(list(counts.values()), dtype=torch.float64, device=self.accelerator.device)
+        return dict(zip(counts, self.accelerator.reduce(sums, "sum").tolist(), strict=True))
+
+    def autocast(self):
+        """The precision of the model's passes."""
+        return self.accelerator.autocast()
+
+    def gather(self, items: Sequence[Item]) -> list[Item]:
+        """The items of all processes, in the order of the processes."""
+        return list(items) if self.world == 1 else gather_object(list(items))
+
+    def record(self, records: Iterable[Any]) -> None:
+        """Append to `candidates.jsonl`, in the main process."""
+        if self.folder and self.main:
+            for record in records:
+                self._writer("candidates.jsonl").write(record)
+
+    # -- updates
+
+    def updates(self, count: int, algorithm: str, config: Any) -> Iterator[int]:
+        """The numbers of the updates that are still to be made.
+
+        Args:
+            count: updates in all.
+            algorithm: its name.
+            config: its settings, a dataclass with `learning_rate` (at its peak).
+
+        Raises:
+            TrainingError: the checkpoint in the folder is of another model or run.
+        """
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            trained, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=self.config.weight_decay
+        )
+        facts = {
+            "algorithm": algorithm,
+            "model": checkpoints.fingerprint(self.model),
+            "updates": count,
+            "seed": self.seed,
+        }
+        facts |= asdict(config)
+        self.count, self._moved = count, True
+        torch.manual_seed(self.seed + self.rank)  # for dropout; all else has draws of its own
+        first = self._resume(facts)
+        self._began = time.monotonic()
+        try:
+            for update in range(first, count):
+                factor = _factor(self.config.schedule, update, count, max(1, round(self.config.warmup * count)))
+                for group in self.optimizer.param_groups:
+                    group["lr"] = config.learning_rate * factor
+                self.update = update
+                yield update
+                every = self.config.save_every
+                if self.folder and every and (update + 1) % every == 0 and update + 1 < count:
+                    self._save(update + 1, facts)
+        finally:
+            self.model.eval()
+            for writer in self._writers.values():
+                writer.close()
+            self._writers = {}
+
+    def step(self, loss: float) -> dict[str, float]:
+        """Apply the gradient that was accumulated in all processes.
+
+        Args:
+            loss: this process's share of it.
+
+        Returns:
+            `loss` of all, `gradient_norm` before clipping, `learning_rate`.
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite; the parameters are left as they were.
+        """
+        loss = self.total({"loss": loss})["loss"]
+        trained = self.optimizer.param_groups[0]["params"]
+        if self.world > 1:
+            for parameter in trained:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
+        norm = float(torch.nn.utils.clip_grad_norm_(trained, self.config.max_grad_norm))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise TrainingError(
+                f"The loss is {loss} and the gradient norm {norm} at update {self.update}: not finite. Lower the learning rate; "
+                "the last checkpoint is intact."
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {
+            "loss": loss,
+            "gradient_norm": norm,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+        }
+
+    def check_signal(self, advantages: int) -> None:
+        """Stop where there is nothing to learn from: `advantages` of this update (of all processes) are not 0."""
+        self._flat = self._flat and not advantages
+        if self._flat and self.update + 1 in (FLAT_UPDATES, self.count):
+            raise TrainingError(
+                f"All advantages of the first {self.update + 1} updates are 0 or unknown, so there was nothing to learn: the actions "
+                "sampled at each state all scored the same. Use a judge that tells them apart, a higher temperature, or a warm start "
+                "that now and then succeeds. (Is the judge answering?)"
+            )
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """Keep the metrics of an update: in `metrics.jsonl`, at the trackers, and by the `log` given."""
+        if not self.main:
+            return
+        whole = {"update": self.update, "updates": self.count, **metrics}
+        if self.folder:
+            self._writer("metrics.jsonl").write(whole | {"seconds": round(time.monotonic() - self._began, 3)})
+            numbers = {key: value for key, value in whole.items() if isinstance(value, (int, float))}
+            self.accelerator.log(numbers, step=self.update)
+        self._tell(whole)
+
+    def save_model(self, folder: Path) -> None:
+        """Write the model (or its adapter) whole or not at all; checkpoints are no longer needed then."""
+        if self.main:
+            checkpoints.write_folder(folder, lambda part: checkpoints.save_model(self.model, self.tokenizer, part))
+            if self.folder:
+                shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        if self.folder:
+            self.accelerator.end_training()
+        self.accelerator.wait_for_everyone()
+
+    # -- inside
+
+    def _writer(self, name: str) -> Writer:
+        assert self.folder is not None
+        if name not in self._writers:
+            self._writers[name] = Writer(self.folder / name)
+        return self._writers[name]
+
+    def _save(self, update: int, facts: Mapping[str, Any]) -> None:
+        assert self.folder is not None
+        if self.main:
+            state = {"update": update, **facts, "kept": self.kept, "flat": self._flat}
+            checkpoints.save(
+                self.folder / "checkpoints", update, self.model, self.tokenizer, self.optimizer, json.loads(json.dumps(state))
+            )  # fmt: skip
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self, facts: Mapping[str, Any]) -> int:
+        if self.folder is None:
+            return 0
+        self.accelerator.init_trackers("swirl", config={"seed": self.seed})
+        found = checkpoints.latest(self.folder / "checkpoints")
+        first = 0
+        if found is not None:
+            state = checkpoints.load(found, self.model, self.optimizer, json.loads(json.dumps(facts)))
+            first, self.kept, self._flat = state["update"], state["kept"], state["flat"]
+        self.accelerator.wait_for_everyone()
+        if self.main:
+            for name in ("metrics.jsonl", "candidates.jsonl"):
+                cut(self.folder / name, first)
+        self.accelerator.wait_for_everyone()
+        return first
+
+
+def cut(path: Path, update: int) -> None:
+    """Cut a file of records back to those of the updates before this one."""
+    if not path.exists():
+        return
+    kept = []
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if line.endswith("\n") and json.loads(line)["update"] < update:
+                kept.append(line)
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(kept), encoding="utf-8")
+    part.replace(path)
+
+
+def _factor(schedule: str, update: int, count: int, warmup: int) -> float:
+    """Share of the peak learning rate."""
+    if update < warmup:
+        return (update + 1) / warmup
+    left = (count - update) / max(1, count - warmup)
+    return {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}[schedule]
+
+
+def _trackers(names: str) -> list[str]:
+    modules = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+    if names == "auto":
+        return ["tensorboard"] if find_spec("tensorboard") else []
+    chosen = [] if names == "none" else [name.strip() for name in names.split(",")]
+    for name in chosen:
+        if name not in modules:
+            raise ConfigError(f"tracker is {', '.join(modules)}, none or auto; got {name!r}.")
+        if not find_spec(modules[name]):
+            raise ConfigError(f"The tracker {name} is not installed: pip install {name}.")
+    return chosen
+
+
+def _with_adapters(model, config: TrainerConfig, seed: int):
+    if not config.lora_rank:
+        return model
+    if not find_spec("peft"):
+        raise ConfigError("lora_rank needs peft: pip install -e '.[lora]' in the project's folder.")
+    from peft import LoraConfig, get_peft_model
+
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)  # the same adapter in each process, and after a restart
+        return get_peft_model(
+            model,
+            LoraConfig(
+                r=config.lora_rank, lora_alpha=config.lora_alpha or 2 * config.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
+            ),
+        )  # fmt: skip
+
+
+def _fresh_adapter(model) -> bool:
+    """Whether a model is one with LoRA adapters that change nothing yet: every B is zero."""
+    if not hasattr(model, "disable_adapter"):
+        return False
+    added = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    return any("lora_B" in name for name in added) and not any(p.any() for name, p in added.items() if "lora_B" in name)
