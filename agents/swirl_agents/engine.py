@@ -37,6 +37,8 @@ class Row(Protocol):
 
     ids: list[int]
     finish: str | None
+    cap: int
+    """Tokens that it may take."""
     """`None` while it goes on."""
 
     def restart(self) -> None:
@@ -98,14 +100,12 @@ class Engine:
     Args:
         model: a causal language model for which `why_not` has no objection.
         sample: takes a token for each row.
-        max_new_tokens: that a row may take.
         batch_tokens: slots x positions that are decoded at once; bounds memory. One sample is always run, whatever its length.
         cache_tokens: tokens whose keys and values are kept when their slot is given away.
     """
 
-    def __init__(self, model, sample: Sample, *, max_new_tokens: int, batch_tokens: int, cache_tokens: int):
-        self.model, self.sample = model, sample
-        self.max_new_tokens, self.batch_tokens = max_new_tokens, batch_tokens
+    def __init__(self, model, sample: Sample, *, batch_tokens: int, cache_tokens: int):
+        self.model, self.sample, self.batch_tokens = model, sample, batch_tokens
         self.store = PrefixStore(cache_tokens)
         self.static = model.device.type == "cuda"
         """Whether steps without newcomers take static shapes."""
@@ -208,13 +208,13 @@ class Engine:
     def _admit(self) -> list[_Piece]:
         """Give slots to waiting states; what is to be prefilled of them."""
         chosen: list[tuple[Request, list[Any]]] = []
-        longest, new = max((self._needs(slot.request, len(slot.rows)) for slot in self._slots), default=0), 0
+        longest, new = max((self._needs(slot.request, slot.rows) for slot in self._slots), default=0), 0
         while self._waiting and (not chosen or new < PREFILL_TOKENS):
             request, rows = self._waiting[0]
             count = len(self._slots) + len(chosen) + 1
             room = self.batch_tokens // (count + 1)  # `_reserve` takes a slot more
-            lanes = min(len(rows), max(1, (room - STEP_POSITIONS - len(request.ids)) // self.max_new_tokens))
-            wide = max(longest, self._needs(request, lanes))
+            lanes = min(len(rows), max(1, (room - STEP_POSITIONS - len(request.ids)) // max(row.cap for row in rows)))
+            wide = max(longest, self._needs(request, rows[:lanes]))
             if count > 1 and wide > room:
                 break
             longest, new = wide, new + len(request.ids) - self.store.find(request.ids)[0]
@@ -234,9 +234,9 @@ class Engine:
             self._slots.append(_Slot(request, rows, len(request.ids)))
         return pieces
 
-    def _needs(self, request: Request, lanes: int) -> int:
+    def _needs(self, request: Request, rows: Sequence[Row]) -> int:
         """Positions of a slot, one more for padding, in whole steps."""
-        positions = len(request.ids) + lanes * self.max_new_tokens + 1
+        positions = len(request.ids) + sum(row.cap for row in rows) + 1
         return -(-positions // STEP_POSITIONS) * STEP_POSITIONS
 
     def _enter(self, place: int, ids: np.ndarray) -> _Piece:
@@ -529,7 +529,8 @@ class _Fixed:
     """Takes given tokens, whatever the logits, which it notes."""
 
     def __init__(self, tokens: np.ndarray):
-        self.tokens, self.ids, self.seen = tokens.tolist(), list[int](), list[torch.Tensor]()
+        self.tokens, self.cap = tokens.tolist(), len(tokens)
+        self.ids, self.seen = list[int](), list[torch.Tensor]()
         self.finish: str | None = None
 
     def restart(self) -> None:
@@ -552,7 +553,7 @@ def why_not(model) -> str | None:
 
     try:
         with in_eval_mode(model), torch.inference_mode():
-            engine = Engine(model, take, max_new_tokens=3, batch_tokens=512, cache_tokens=64)
+            engine = Engine(model, take, batch_tokens=512, cache_tokens=64)
             for text, row in zip(texts, rows, strict=True):
                 engine.add(Request(text[:-3], [row]))
                 engine.step()  # the second joins the first

@@ -82,8 +82,8 @@ OTHERS = {
 class Row:
     """Takes the likeliest token until it has as many as it wants."""
 
-    def __init__(self, wanted):
-        self.wanted = wanted
+    def __init__(self, wanted, cap=12):
+        self.wanted, self.cap = wanted, cap
         self.restart()
 
     def restart(self):
@@ -97,8 +97,8 @@ def greedy(logits, rows):
         row.finish = "length" if len(row.ids) == row.wanted else None
 
 
-def make(model, batch_tokens=100_000, cache_tokens=100_000, longest=12):
-    return Engine(model, greedy, max_new_tokens=longest, batch_tokens=batch_tokens, cache_tokens=cache_tokens)
+def make(model, batch_tokens=100_000, cache_tokens=100_000):
+    return Engine(model, greedy, batch_tokens=batch_tokens, cache_tokens=cache_tokens)
 
 
 def generated(model, ids, wanted):
@@ -272,7 +272,7 @@ def test_models_of_other_kinds_run_in_batches(family):
         Request(draw.integers(0, VOCABULARY, n).astype(np.int32), [row])
         for n, row in zip((20, 5, 11), rows, strict=True)
     ]
-    batches = Batches(model, greedy, max_new_tokens=12, batch_tokens=60, pad_id=0)
+    batches = Batches(model, greedy, batch_tokens=60, pad_id=0)
     for request in requests:
         batches.add(request)
     while any(request.left for request in requests):
@@ -310,7 +310,7 @@ def test_rows_of_one_state_are_split_by_the_budget_of_batches():
         greedy(logits, some)
 
     request = Request(np.arange(1, 9, dtype=np.int32), rows)
-    batches = Batches(OTHERS["window"], counting, max_new_tokens=12, batch_tokens=100, pad_id=0)
+    batches = Batches(OTHERS["window"], counting, batch_tokens=100, pad_id=0)
     batches.add(request)
     while request.left:
         batches.step()
@@ -320,8 +320,8 @@ def test_rows_of_one_state_are_split_by_the_budget_of_batches():
 
 def test_buffers_stay_within_the_budget():
     draw = np.random.default_rng(4)
-    requests = [Request(draw.integers(0, VOCABULARY, 20).astype(np.int32), [Row(8)]) for _ in range(200)]
-    engine = make(MODELS["llama"], batch_tokens=4096, longest=8)
+    requests = [Request(draw.integers(0, VOCABULARY, 20).astype(np.int32), [Row(8, cap=8)]) for _ in range(200)]
+    engine = make(MODELS["llama"], batch_tokens=4096)
     for request in requests:
         engine.add(request)
     while any(request.left for request in requests):
@@ -455,7 +455,7 @@ def test_stop_strings_of_any_script_are_found():
     wanted = iter([*"ab", *("。" * 8).encode(), *"cdefgh"])
     bytes_of = {value: key for key, value in enumerate_bytes().items()}
 
-    def draw(logits, uniforms):
+    def draw(logits, uniforms, tau):
         value = next(wanted)
         return [bytes_of[ord(value) if isinstance(value, str) else value]], [0.0]
 
