@@ -10,12 +10,13 @@ left, and the states of a trajectory share one prefill. What is kept is bounded 
 and prefilled again when it is asked for.
 
 Shapes: `N` tokens of a pass, `M` busy samples, `B` logits wanted, `V` vocabulary, `H` heads of size `D`. On a GPU the steps without
-newcomers have static shapes and are captured as CUDA graphs. Models that keep other state than keys and values of
+newcomers have static shapes and are captured as CUDA graphs (`graphs`). Models that keep other state than keys and values of
 every token, or attend in ways of their own (`why_not`), are run by `Batches`: whole batches with their own cache.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ import torch
 from transformers import DynamicCache
 
 from swirl_agents.attention import attending, differ, grouped, in_eval_mode, obstacle
+from swirl_agents.graphs import Graphs, Step
 from swirl_agents.prefixes import PrefixStore, shared_trunks
 
 PREFILL_TOKENS = 2048
@@ -35,10 +37,10 @@ STEP_POSITIONS = 64
 class Row(Protocol):
     """One sample being drawn."""
 
-    ids: list[int]
-    finish: str | None
     cap: int
     """Tokens that it may take."""
+    ids: list[int]
+    finish: str | None
     """`None` while it goes on."""
 
     def restart(self) -> None:
@@ -116,7 +118,7 @@ class Engine:
             tuple[torch.Tensor, torch.Tensor]
         ] = []  # of each layer, keys and values [slots, H_kv, capacity, D]
         self._owners: Any = None  # int16[slots, capacity]: which of the slot's samples each position belongs to
-        self._graphs: dict[tuple[int, ...], _Static] = {}
+        self._graphs = Graphs(model.device)
         self.prefilled = self.decoded = 0
         """Tokens so far."""
 
@@ -240,8 +242,10 @@ class Engine:
         return -(-positions // STEP_POSITIONS) * STEP_POSITIONS
 
     def _enter(self, place: int, ids: np.ndarray) -> _Piece:
-        """Copy what is kept of a state into a free slot."""
+        """Copy what is kept of a state into a free slot, and clear what follows: it is masked, but 0 x NaN is NaN."""
         size, entry = self.store.find(ids)
+        for buffer in (part for buffers in self._buffers for part in buffers):
+            buffer[place, :, len(ids) :] = 0
         if entry is not None:
             for buffers, kept in zip(self._buffers, entry.layers, strict=True):
                 for buffer, part in zip(buffers, kept, strict=True):
@@ -292,10 +296,10 @@ class Engine:
     def _forward(self, batch: "_Batch", tokens: list[int]) -> torch.Tensor:
         """float[B, V]: logits after each busy sample's last token, then after each piece."""
         ids = np.concatenate([np.asarray(tokens, np.int64), *(piece.ids for piece in batch.pieces)])
-        batch.begin()
         return self._run(batch, torch.from_numpy(ids.astype(np.int64)).to(self.model.device))
 
     def _run(self, batch: "_Batch", ids_N: torch.Tensor) -> torch.Tensor:
+        batch.begin()
         with attending(self.model, batch):
             # a mask of ones: without one, models look for packed sequences, which waits for the device
             out = self.model(
@@ -308,13 +312,26 @@ class Engine:
         """A step without newcomers on a GPU: static shapes, captured once for each. What fills them up writes where nobody looks."""
         batch = self._lay_out(busy, [])
         slots, capacity = self._owners.shape
-        count = _rounded(len(busy))
         rows, width = min(slots - 1, _rounded(batch.rows)), _rounded(batch.width)
         reach = min(capacity, -(-batch.reach // STEP_POSITIONS) * STEP_POSITIONS)
-        graph = self._graphs.get(key := (count, rows, width, reach))
-        if graph is None:
-            graph = self._graphs[key] = _Static(self, count, rows, width, reach)
-        return graph.run(batch, tokens)
+        shape = _rounded(len(busy)), rows, width, reach
+        ids_M = torch.tensor(tokens, device=self.model.device)
+        given = [ids_M, batch.slot_N, batch.write_N, batch.positions_N, batch.lane_M]
+        return self._graphs.run(shape, partial(self._static, *shape), given)
+
+    def _static(self, count: int, rows: int, width: int, reach: int) -> Step:
+        """A step of up to `count` samples."""
+        device = self.model.device
+        # a slot behind the busy ones, and its last position
+        ids_N, slot_N, write_N, positions_N, lane_M = inputs = [
+            torch.full((count,), value, dtype=torch.long, device=device)
+            for value in (0, rows, self._owners.shape[1] - 1, 0, 0)
+        ]
+        batch = _Batch(
+            self, slot_N, write_N, positions_N, lane_M, torch.arange(count, device=device), [],
+            rows=rows + 1, width=width, reach=reach,
+        )  # fmt: skip
+        return partial(self._run, batch, ids_N), inputs
 
     # -- leaving
 
@@ -333,6 +350,7 @@ class Engine:
                 self._slots[place] = last
                 for buffer in (part for buffers in self._buffers for part in buffers):
                     buffer[place, :, : last.used] = buffer[len(self._slots), :, : last.used]
+                    buffer[place, :, last.used : slot.used] = 0
                 self._owners[place] = self._owners[len(self._slots)]
             slot.request.left -= len(slot.rows)
 
@@ -467,53 +485,6 @@ class _Batch:
 def _rounded(count: int) -> int:
     """Up to a power of two."""
     return 1 << (count - 1).bit_length()
-
-
-class _Static:
-    """A decoding step of static shapes; on a GPU captured as a CUDA graph."""
-
-    logits: torch.Tensor
-
-    def __init__(self, engine: Engine, count: int, rows: int, width: int, reach: int):
-        device = engine.model.device
-        self.engine, self.ids_N = engine, torch.zeros(count, dtype=torch.long, device=device)
-        fill = [rows, engine._owners.shape[1] - 1, 0, 0]  # a slot behind the busy ones, and the last position
-        slot_N, write_N, positions_N, lane_M = tensors = [
-            torch.full((count,), value, dtype=torch.long, device=device) for value in fill
-        ]
-        at_B = torch.arange(count, device=device)
-        self.batch = _Batch(
-            engine, slot_N, write_N, positions_N, lane_M, at_B, [], rows=rows + 1, width=width, reach=reach
-        )  # fmt: skip
-        self.fill = [tensor.clone() for tensor in tensors]
-        self.graph = self._captured() if device.type == "cuda" else None
-
-    def _captured(self) -> Any:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # tools may use the GPU meanwhile
-            self._step()
-        return graph
-
-    def _step(self) -> None:
-        self.batch.begin()
-        self.logits = self.engine._run(self.batch, self.ids_N)
-
-    def run(self, batch: _Batch, tokens: list[int]) -> torch.Tensor:
-        busy, mine = len(tokens), self.batch
-        self.ids_N[:busy] = torch.tensor(tokens, device=self.ids_N.device)
-        given = (batch.slot_N, batch.write_N, batch.positions_N, batch.lane_M)
-        statics = (mine.slot_N, mine.write_N, mine.positions_N, mine.lane_M)
-        for static, value, fill in zip(statics, given, self.fill, strict=True):
-            static.copy_(fill)
-            static[:busy] = value
-        self.graph.replay() if self.graph is not None else self._step()
-        return self.logits
 
 
 def _one_token(model) -> Any:

@@ -1,7 +1,9 @@
 """The rollout engine against `generate()`, token for token: forks, continuations, newcomers, budgets, families of models."""
 
 import copy
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
@@ -12,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from swirl_agents import engine as engine_module
+from swirl_agents import graphs
 from swirl_agents.batches import Batches
 from swirl_agents.engine import Engine, Request, why_not
 from swirl_agents.local import LocalPolicy
@@ -128,6 +131,14 @@ def finish(engine, requests, at_once=None):
             engine.add(request)
         waiting = waiting[at_once or len(waiting) :]
         engine.step()
+        spoil(engine)
+
+
+@torch.inference_mode()
+def spoil(engine):
+    """Slots that nobody has may hold anything."""
+    for buffer in (part for buffers in engine._buffers for part in buffers):
+        buffer[len(engine._slots) :] = float("nan")
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -328,6 +339,89 @@ def test_buffers_stay_within_the_budget():
         engine.step()
         assert engine._owners.numel() <= 4096
     assert_generated(MODELS["llama"], requests[-1].ids, requests[-1].rows[0])
+
+
+def test_rows_of_unequal_caps_get_the_room_that_they_need():
+    ids = np.arange(1, 9, dtype=np.int32)
+    for batch_tokens in (1, 100_000):
+        requests = [Request(ids, [Row(n, cap=n) for n in wanted]) for wanted in ([3], [90], [3, 90, 2])]
+        finish(make(MODELS["llama"], batch_tokens), requests, at_once=1)
+        for request in requests:
+            for row in request.rows:
+                assert len(row.ids) == row.wanted
+                assert_generated(MODELS["llama"], ids, row)
+
+
+BAD = 5
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_what_a_broken_sample_left_behind_is_harmless(static):
+    """After the token `BAD` every key and value is NaN. They stay in a slot that another sample moves into, and in one that a newcomer
+    gets; both see a third sample's reach, so what was left is masked."""
+    model, draw = build("Llama", intermediate_size=64, num_key_value_heads=2), np.random.default_rng(0)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[BAD], model.lm_head.weight[BAD] = float("nan"), 0.0
+
+    def sound(length):
+        return Request(draw.integers(BAD + 1, VOCABULARY, length).astype(np.int32), [Row(12)])
+
+    def broken():
+        return Request(np.full(60, BAD, np.int32), [Row(2)])
+
+    def poisoned(place):
+        return bool(engine._buffers[0][1][place].isnan().any())
+
+    engine = make(model)
+    engine.static = static
+    long, moved, late = sound(100), sound(5), sound(7)
+    for request in (broken(), long, moved):
+        engine.add(request)
+    engine.step()
+    assert poisoned(0)
+    engine.step()
+    assert engine._slots[0].request is moved
+    engine.add(again := broken())
+    while again.left:
+        engine.step()
+    assert poisoned(2)
+    engine.add(late)
+    while late.left:
+        engine.step()
+        assert not poisoned(slice(len(engine._slots)))
+    for request in (long, moved, late):
+        assert not request.left
+        assert_generated(model, request.ids, request.rows[0])
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_few_captured_steps_are_kept_and_any_is_made_again(family, monkeypatch):
+    monkeypatch.setattr(graphs, "KEPT", 2)
+    draw, engine = np.random.default_rng(1), make(MODELS[family])
+    engine.static, made = True, []
+    make_step = engine._static
+    engine._static = lambda *shape: made.append(shape) or make_step(*shape)
+    played, _ = play(engine, [draw.integers(0, VOCABULARY, n).astype(np.int32) for n in (5, 30, 17, 8)], draw)
+    assert len(engine._graphs) == 2
+    assert len(made) > len(set(made)) > 2
+    for request in played:
+        assert_generated(MODELS[family], request.ids, request.rows[0])
+
+
+def test_buffers_that_grow_leave_none_behind():
+    engine = make(MODELS["llama"])
+    engine.static = True
+    finish(engine, [Request(np.arange(1, 9, dtype=np.int32), [Row(6)])])
+    before = [weakref.ref(part) for buffers in engine._buffers for part in buffers]
+    assert len(engine._graphs)
+    gc.disable()
+    try:
+        engine.add(Request(np.arange(1, 90, dtype=np.int32), [Row(6)]))
+        engine.step()
+        assert not any(old() is not None for old in before)
+        assert not len(engine._graphs)
+    finally:
+        gc.enable()
 
 
 def test_a_step_that_raises_loses_nobody():
