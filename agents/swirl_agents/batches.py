@@ -15,14 +15,13 @@ class Batches:
     Args:
         model: a causal language model. One without `past_key_values` (Mamba, say) reads its whole text at every token.
         sample: takes a token for each row.
-        max_new_tokens: that a row may take.
         batch_tokens: rows x tokens that run at once. One row is always run, whatever its length.
         pad_id: token to pad with.
     """
 
-    def __init__(self, model, sample: Sample, *, max_new_tokens: int, batch_tokens: int, pad_id: int):
-        self.model, self.sample, self.pad_id = model, sample, pad_id
-        self.max_new_tokens, self.batch_tokens = max_new_tokens, batch_tokens
+    def __init__(self, model, sample: Sample, *, batch_tokens: int, pad_id: int):
+        self.model, self.sample = model, sample
+        self.batch_tokens, self.pad_id = batch_tokens, pad_id
         self._waiting: list[tuple[Request, Any]] = []
 
     def add(self, request: Request) -> None:
@@ -40,8 +39,8 @@ class Batches:
         """Run as many of the waiting rows as there is room for, to their end."""
         self._waiting.sort(key=lambda one: len(one[0].ids))
         count = longest = 0
-        for request, _ in self._waiting:
-            longest = max(longest, len(request.ids) + self.max_new_tokens)
+        for request, row in self._waiting:
+            longest = max(longest, len(request.ids) + row.cap)
             if count and (count + 1) * longest > self.batch_tokens:
                 break
             count += 1

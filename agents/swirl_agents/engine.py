@@ -10,12 +10,13 @@ left, and the states of a trajectory share one prefill. What is kept is bounded 
 and prefilled again when it is asked for.
 
 Shapes: `N` tokens of a pass, `M` busy samples, `B` logits wanted, `V` vocabulary, `H` heads of size `D`. On a GPU the steps without
-newcomers have static shapes and are captured as CUDA graphs. Models that keep other state than keys and values of
+newcomers have static shapes and are captured as CUDA graphs (`graphs`). Models that keep other state than keys and values of
 every token, or attend in ways of their own (`why_not`), are run by `Batches`: whole batches with their own cache.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ import torch
 from transformers import DynamicCache
 
 from swirl_agents.attention import attending, differ, grouped, in_eval_mode, obstacle
+from swirl_agents.graphs import Graphs, Step
 from swirl_agents.prefixes import PrefixStore, shared_trunks
 
 PREFILL_TOKENS = 2048
@@ -35,6 +37,8 @@ STEP_POSITIONS = 64
 class Row(Protocol):
     """One sample being drawn."""
 
+    cap: int
+    """Tokens that it may take."""
     ids: list[int]
     finish: str | None
     """`None` while it goes on."""
@@ -98,14 +102,12 @@ class Engine:
     Args:
         model: a causal language model for which `why_not` has no objection.
         sample: takes a token for each row.
-        max_new_tokens: that a row may take.
         batch_tokens: slots x positions that are decoded at once; bounds memory. One sample is always run, whatever its length.
         cache_tokens: tokens whose keys and values are kept when their slot is given away.
     """
 
-    def __init__(self, model, sample: Sample, *, max_new_tokens: int, batch_tokens: int, cache_tokens: int):
-        self.model, self.sample = model, sample
-        self.max_new_tokens, self.batch_tokens = max_new_tokens, batch_tokens
+    def __init__(self, model, sample: Sample, *, batch_tokens: int, cache_tokens: int):
+        self.model, self.sample, self.batch_tokens = model, sample, batch_tokens
         self.store = PrefixStore(cache_tokens)
         self.static = model.device.type == "cuda"
         """Whether steps without newcomers take static shapes."""
@@ -116,7 +118,7 @@ class Engine:
             tuple[torch.Tensor, torch.Tensor]
         ] = []  # of each layer, keys and values [slots, H_kv, capacity, D]
         self._owners: Any = None  # int16[slots, capacity]: which of the slot's samples each position belongs to
-        self._graphs: dict[tuple[int, ...], _Static] = {}
+        self._graphs = Graphs(model.device)
         self.prefilled = self.decoded = 0
         """Tokens so far."""
 
@@ -208,13 +210,13 @@ class Engine:
     def _admit(self) -> list[_Piece]:
         """Give slots to waiting states; what is to be prefilled of them."""
         chosen: list[tuple[Request, list[Any]]] = []
-        longest, new = max((self._needs(slot.request, len(slot.rows)) for slot in self._slots), default=0), 0
+        longest, new = max((self._needs(slot.request, slot.rows) for slot in self._slots), default=0), 0
         while self._waiting and (not chosen or new < PREFILL_TOKENS):
             request, rows = self._waiting[0]
             count = len(self._slots) + len(chosen) + 1
             room = self.batch_tokens // (count + 1)  # `_reserve` takes a slot more
-            lanes = min(len(rows), max(1, (room - STEP_POSITIONS - len(request.ids)) // self.max_new_tokens))
-            wide = max(longest, self._needs(request, lanes))
+            lanes = min(len(rows), max(1, (room - STEP_POSITIONS - len(request.ids)) // max(row.cap for row in rows)))
+            wide = max(longest, self._needs(request, rows[:lanes]))
             if count > 1 and wide > room:
                 break
             longest, new = wide, new + len(request.ids) - self.store.find(request.ids)[0]
@@ -234,14 +236,16 @@ class Engine:
             self._slots.append(_Slot(request, rows, len(request.ids)))
         return pieces
 
-    def _needs(self, request: Request, lanes: int) -> int:
+    def _needs(self, request: Request, rows: Sequence[Row]) -> int:
         """Positions of a slot, one more for padding, in whole steps."""
-        positions = len(request.ids) + lanes * self.max_new_tokens + 1
+        positions = len(request.ids) + sum(row.cap for row in rows) + 1
         return -(-positions // STEP_POSITIONS) * STEP_POSITIONS
 
     def _enter(self, place: int, ids: np.ndarray) -> _Piece:
-        """Copy what is kept of a state into a free slot."""
+        """Copy what is kept of a state into a free slot, and clear what follows: it is masked, but 0 x NaN is NaN."""
         size, entry = self.store.find(ids)
+        for buffer in (part for buffers in self._buffers for part in buffers):
+            buffer[place, :, len(ids) :] = 0
         if entry is not None:
             for buffers, kept in zip(self._buffers, entry.layers, strict=True):
                 for buffer, part in zip(buffers, kept, strict=True):
@@ -292,10 +296,10 @@ class Engine:
     def _forward(self, batch: "_Batch", tokens: list[int]) -> torch.Tensor:
         """float[B, V]: logits after each busy sample's last token, then after each piece."""
         ids = np.concatenate([np.asarray(tokens, np.int64), *(piece.ids for piece in batch.pieces)])
-        batch.begin()
         return self._run(batch, torch.from_numpy(ids.astype(np.int64)).to(self.model.device))
 
     def _run(self, batch: "_Batch", ids_N: torch.Tensor) -> torch.Tensor:
+        batch.begin()
         with attending(self.model, batch):
             # a mask of ones: without one, models look for packed sequences, which waits for the device
             out = self.model(
@@ -308,13 +312,26 @@ class Engine:
         """A step without newcomers on a GPU: static shapes, captured once for each. What fills them up writes where nobody looks."""
         batch = self._lay_out(busy, [])
         slots, capacity = self._owners.shape
-        count = _rounded(len(busy))
         rows, width = min(slots - 1, _rounded(batch.rows)), _rounded(batch.width)
         reach = min(capacity, -(-batch.reach // STEP_POSITIONS) * STEP_POSITIONS)
-        graph = self._graphs.get(key := (count, rows, width, reach))
-        if graph is None:
-            graph = self._graphs[key] = _Static(self, count, rows, width, reach)
-        return graph.run(batch, tokens)
+        shape = _rounded(len(busy)), rows, width, reach
+        ids_M = torch.tensor(tokens, device=self.model.device)
+        given = [ids_M, batch.slot_N, batch.write_N, batch.positions_N, batch.lane_M]
+        return self._graphs.run(shape, partial(self._static, *shape), given)
+
+    def _static(self, count: int, rows: int, width: int, reach: int) -> Step:
+        """A step of up to `count` samples."""
+        device = self.model.device
+        # a slot behind the busy ones, and its last position
+        ids_N, slot_N, write_N, positions_N, lane_M = inputs = [
+            torch.full((count,), value, dtype=torch.long, device=device)
+            for value in (0, rows, self._owners.shape[1] - 1, 0, 0)
+        ]
+        batch = _Batch(
+            self, slot_N, write_N, positions_N, lane_M, torch.arange(count, device=device), [],
+            rows=rows + 1, width=width, reach=reach,
+        )  # fmt: skip
+        return partial(self._run, batch, ids_N), inputs
 
     # -- leaving
 
@@ -333,6 +350,7 @@ class Engine:
                 self._slots[place] = last
                 for buffer in (part for buffers in self._buffers for part in buffers):
                     buffer[place, :, : last.used] = buffer[len(self._slots), :, : last.used]
+                    buffer[place, :, last.used : slot.used] = 0
                 self._owners[place] = self._owners[len(self._slots)]
             slot.request.left -= len(slot.rows)
 
@@ -469,53 +487,6 @@ def _rounded(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-class _Static:
-    """A decoding step of static shapes; on a GPU captured as a CUDA graph."""
-
-    logits: torch.Tensor
-
-    def __init__(self, engine: Engine, count: int, rows: int, width: int, reach: int):
-        device = engine.model.device
-        self.engine, self.ids_N = engine, torch.zeros(count, dtype=torch.long, device=device)
-        fill = [rows, engine._owners.shape[1] - 1, 0, 0]  # a slot behind the busy ones, and the last position
-        slot_N, write_N, positions_N, lane_M = tensors = [
-            torch.full((count,), value, dtype=torch.long, device=device) for value in fill
-        ]
-        at_B = torch.arange(count, device=device)
-        self.batch = _Batch(
-            engine, slot_N, write_N, positions_N, lane_M, at_B, [], rows=rows + 1, width=width, reach=reach
-        )  # fmt: skip
-        self.fill = [tensor.clone() for tensor in tensors]
-        self.graph = self._captured() if device.type == "cuda" else None
-
-    def _captured(self) -> Any:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # tools may use the GPU meanwhile
-            self._step()
-        return graph
-
-    def _step(self) -> None:
-        self.batch.begin()
-        self.logits = self.engine._run(self.batch, self.ids_N)
-
-    def run(self, batch: _Batch, tokens: list[int]) -> torch.Tensor:
-        busy, mine = len(tokens), self.batch
-        self.ids_N[:busy] = torch.tensor(tokens, device=self.ids_N.device)
-        given = (batch.slot_N, batch.write_N, batch.positions_N, batch.lane_M)
-        statics = (mine.slot_N, mine.write_N, mine.positions_N, mine.lane_M)
-        for static, value, fill in zip(statics, given, self.fill, strict=True):
-            static.copy_(fill)
-            static[:busy] = value
-        self.graph.replay() if self.graph is not None else self._step()
-        return self.logits
-
-
 def _one_token(model) -> Any:
     """A cache with one token, which shows its shapes."""
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
@@ -529,7 +500,8 @@ class _Fixed:
     """Takes given tokens, whatever the logits, which it notes."""
 
     def __init__(self, tokens: np.ndarray):
-        self.tokens, self.ids, self.seen = tokens.tolist(), list[int](), list[torch.Tensor]()
+        self.tokens, self.cap = tokens.tolist(), len(tokens)
+        self.ids, self.seen = list[int](), list[torch.Tensor]()
         self.finish: str | None = None
 
     def restart(self) -> None:
@@ -552,7 +524,7 @@ def why_not(model) -> str | None:
 
     try:
         with in_eval_mode(model), torch.inference_mode():
-            engine = Engine(model, take, max_new_tokens=3, batch_tokens=512, cache_tokens=64)
+            engine = Engine(model, take, batch_tokens=512, cache_tokens=64)
             for text, row in zip(texts, rows, strict=True):
                 engine.add(Request(text[:-3], [row]))
                 engine.step()  # the second joins the first

@@ -30,7 +30,7 @@ class LocalPolicy:
         tokenizer: its tokenizer.
         name: how records call it.
         temperature: tau; log-probs are those of softmax(logits / tau). 0 is greedy (log-probs then at tau = 1).
-        max_new_tokens: cap of one action, in tokens.
+        max_new_tokens: cap of one action, in tokens. Both may be changed later, which holds for states asked about from then on.
         seed: for states that carry no seed of their own.
         batch_tokens: samples x (context + action) tokens that are decoded at once; bounds memory.
         cache_tokens: tokens whose keys and values are kept when a state has to wait (for a tool, say); over it, the least
@@ -42,12 +42,9 @@ class LocalPolicy:
         self, model, tokenizer, *, name: str = "local", temperature: float = 1.0, max_new_tokens: int = 64,
         seed: int = 0, batch_tokens: int = 32_768, cache_tokens: int = 65_536, top_logprobs: int = 0,
     ):  # fmt: skip
-        if not temperature >= 0:
-            raise ConfigError(f"temperature must be 0 (greedy) or more, got {temperature!r}.")
-        if max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens!r}.")
         self.model, self.renderer, self.name = model, Renderer(tokenizer), name
         self.temperature, self.max_new_tokens, self.seed = temperature, max_new_tokens, seed
+        self._check()
         self.top_logprobs = top_logprobs
         self.batch_tokens, self.cache_tokens = batch_tokens, cache_tokens
         self.lock = threading.RLock()  # sessions share the engine, and may be in several threads
@@ -55,6 +52,13 @@ class LocalPolicy:
         eos = model.generation_config.eos_token_id if model.generation_config else None
         ends = eos if isinstance(eos, list) else [eos]
         self.eos_ids = {self.renderer.eos_id, *(token for token in ends if token is not None)}
+
+    def _check(self) -> None:
+        """Whether the settings that may be changed can work."""
+        if not self.temperature >= 0:
+            raise ConfigError(f"temperature must be 0 (greedy) or more, got {self.temperature!r}.")
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens must be at least 1, got {self.max_new_tokens!r}.")
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -84,23 +88,24 @@ class LocalPolicy:
     @cached_property
     def _engine(self) -> Engine | Batches:
         if (reason := why_not(self.model)) is None:
-            return Engine(
-                self.model, self._sample, max_new_tokens=self.max_new_tokens, batch_tokens=self.batch_tokens,
-                cache_tokens=self.cache_tokens,
-            )  # fmt: skip
+            return Engine(self.model, self._sample, batch_tokens=self.batch_tokens, cache_tokens=self.cache_tokens)
         warnings.warn(
             f"The rollout engine cannot run this model: {reason}. Whole batches are used, which are slower.",
             stacklevel=4,
         )
-        return Batches(
-            self.model, self._sample, max_new_tokens=self.max_new_tokens, batch_tokens=self.batch_tokens,
-            pad_id=self.renderer.eos_id,
-        )  # fmt: skip
+        return Batches(self.model, self._sample, batch_tokens=self.batch_tokens, pad_id=self.renderer.eos_id)
 
     def _sample(self, logits: torch.Tensor, rows: Sequence["_Row"]) -> None:
         """Take a token for each row."""
-        chosen, logprobs = self._draw(logits, [row.uniforms[len(row.ids)] for row in rows])
-        likeliest = self._likeliest(logits)
+        taus = {row.temperature for row in rows}
+        if len(taus) > 1:  # it was changed while they were drawn
+            for tau in taus:
+                some = [i for i, row in enumerate(rows) if row.temperature == tau]
+                self._sample(logits[some], [rows[i] for i in some])
+            return
+        [tau] = taus
+        chosen, logprobs = self._draw(logits, [row.uniforms[len(row.ids)] for row in rows], tau)
+        likeliest = self._likeliest(logits, tau)
         for i, row in enumerate(rows):
             row.ids.append(chosen[i])
             row.logprobs.append(logprobs[i])
@@ -132,10 +137,10 @@ class LocalPolicy:
         seed = self.seed if transcript.seed is None else transcript.seed
         return np.random.default_rng([seed, sample]).random(self.max_new_tokens)
 
-    def _draw(self, logits: torch.Tensor, uniforms: list[float]) -> tuple[list[int], list[float]]:
+    def _draw(self, logits: torch.Tensor, uniforms: list[float], tau: float) -> tuple[list[int], list[float]]:
         """One token a row by inverting the distribution function at its uniform; and its log-prob in nats."""
-        logprobs = torch.log_softmax(logits.float() / (self.temperature or 1.0), -1)
-        if self.temperature == 0:
+        logprobs = torch.log_softmax(logits.float() / (tau or 1.0), -1)
+        if tau == 0:
             chosen = logprobs.argmax(-1)
         else:
             cumulative = logprobs.double().exp().cumsum(-1)
@@ -143,11 +148,11 @@ class LocalPolicy:
             chosen = torch.searchsorted(cumulative, at, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
         return chosen.tolist(), logprobs.gather(1, chosen[:, None])[:, 0].tolist()
 
-    def _likeliest(self, logits: torch.Tensor) -> list[dict[int, float]]:
+    def _likeliest(self, logits: torch.Tensor, tau: float) -> list[dict[int, float]]:
         """Token id -> log-prob in nats of each row's likeliest tokens; nothing unless asked for."""
         if not self.top_logprobs:
             return []
-        top = torch.log_softmax(logits.float() / (self.temperature or 1.0), -1).topk(self.top_logprobs)
+        top = torch.log_softmax(logits.float() / (tau or 1.0), -1).topk(self.top_logprobs)
         return [
             dict(zip(ids, values, strict=True))
             for ids, values in zip(top.indices.tolist(), top.values.tolist(), strict=True)
@@ -160,7 +165,7 @@ class LocalPolicy:
         tail = self.renderer.decode(row.ids[-row.tail :])
         if any(stop in tail for stop in row.stop):
             return "stop"
-        return "length" if len(row.ids) == self.max_new_tokens else None
+        return "length" if len(row.ids) == row.cap else None
 
 
 class Session:
@@ -176,11 +181,13 @@ class Session:
 
     def add(self, key: Any, transcript: Transcript, n: int = 1) -> None:
         """Ask for `n` completions at a state, to come back under this key."""
-        policy, encoded = self.policy, self.policy.renderer.encode(transcript)
+        policy = self.policy
+        policy._check()
+        encoded = policy.renderer.encode(transcript)
         if len(encoded.ids) + policy.max_new_tokens > policy.context or not n:
             self._hopeless.append(key)
             return
-        rows = [_Row(policy._uniforms(transcript, g), transcript.stop) for g in range(n)]
+        rows = [_Row(policy._uniforms(transcript, g), policy.temperature, transcript.stop) for g in range(n)]
         request = Request(encoded.ids, rows, keep=n == 1)
         self._mine[id(request)] = key, encoded, request
         with policy.lock:
@@ -211,8 +218,9 @@ class Session:
 class _Row:
     """One action being sampled."""
 
-    def __init__(self, uniforms: np.ndarray, stop: tuple[str, ...]):
-        self.uniforms, self.stop = uniforms, stop
+    def __init__(self, uniforms: np.ndarray, temperature: float, stop: tuple[str, ...]):
+        self.uniforms, self.temperature, self.stop = uniforms, temperature, stop
+        self.cap = len(uniforms)
         self.tail = max((len(text.encode()) for text in stop), default=0) + 4  # a token may be a single byte
         self.restart()
 

@@ -1,7 +1,7 @@
 """Environment x policy -> trajectories, many at once.
 
 A policy with a `session` (a local model's) takes states as they come: an episode whose tool has answered goes on at once, while
-the others are still decoding. Steps that take over a millisecond (a slow tool, a judge) run in threads beside it. Any other
+the others are still decoding. While steps take over a millisecond (a slow tool, a judge) they run in threads beside it. Any other
 policy is asked about all episodes that wait for it in one batch. The draw at each state has its own seed, from (seed, task,
 sample, step), so order and batching change nothing but rounding.
 """
@@ -9,8 +9,10 @@ sample, step), so order and batching change nothing but rounding.
 import hashlib
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +23,9 @@ from swirl_env.errors import ConfigError
 from swirl_env.types import Completion, Message, Policy, Step, Trajectory, Transcript
 
 SLOW_SECONDS = 0.001
-"""Once a step took longer than this, steps run in threads."""
+"""Steps run in threads while one of the last `RECENT` took longer than this."""
+RECENT = 32
+"""Many, as a slow step outside a thread holds everyone up, and a quick one in a thread costs little."""
 MAX_THREADS = 64
 
 
@@ -52,13 +56,19 @@ class _Episode:
         draw = draw_seed(seed, self.task_id, self.sample, round, len(self.steps))
         return replace(self.transcript, messages=tuple(messages), seed=draw)
 
+    def timed(self, completion: Completion | None) -> float:
+        """Seconds that it took to act."""
+        began = time.perf_counter()
+        self.act(completion)
+        return time.perf_counter() - began
+
     def act(self, completion: Completion | None) -> None:
         if completion is None:
             self.stop = "token_limit"
             return
         if completion.finish == "error":
             self.stop = "error"
-            warnings.warn(f"{self.task_id}: {completion.text} (the episode ends)", RuntimeWarning, stacklevel=3)
+            warnings.warn(f"{self.task_id}: {completion.text} (the episode ends)", RuntimeWarning, stacklevel=4)
             return
         _, _, terminated, truncated, info = self.env.step(completion.text)
         self.transcript = info["transcript"]
@@ -79,7 +89,8 @@ def rollout(
     """Play episodes and yield each as it ends; `batch_size` run at once, and a finished one makes room for the next.
 
     Args:
-        make_env: makes one environment over a `ToolEnv`; called at most `batch_size` times.
+        make_env: makes one environment over a `ToolEnv`, a new one at each call; called at most `batch_size` times. What it made
+            is closed when the rollout ends, fails or is closed itself, after steps that are under way.
         policy: acts at every state; a list without a completion means that the state is longer than its context, and
             one with `finish="error"` ends its episode (`stop="error"`, with a warning that says why).
         tasks: (task id, sample number) pairs.
@@ -97,13 +108,13 @@ def rollout(
     free: list[gym.Env] = []
     session = policy.session() if hasattr(policy, "session") else _Asked(policy)
     together = ALL_COMPLETED if isinstance(session, _Asked) else FIRST_COMPLETED
-    steps = _Steps(min(batch_size, MAX_THREADS))
     running = 0
-    try:
+    with ExitStack() as made, closing(_Steps(min(batch_size, MAX_THREADS))) as steps, closing(session):
         while True:
             while running < batch_size and (job := next(waiting, None)) is not None:
                 if not free:
                     free.append(make_env())
+                    made.callback(free[-1].close)
                 env = free.pop()
                 _, info = env.reset(seed=draw_seed(seed, *job) >> 32, options={"task_id": job[0]})
                 episode = _Episode(env, *job, info["transcript"], info["transcript"].messages)
@@ -120,9 +131,6 @@ def rollout(
                     running -= 1
                     free.append(episode.env)
                     yield _record(episode, policy.name, seed, round)
-    finally:
-        session.close()
-        steps.close()
 
 
 class _Asked:
@@ -148,24 +156,22 @@ class _Asked:
 
 
 class _Steps:
-    """Takes the steps of episodes, in threads once one was slow."""
+    """Takes the steps of episodes, in threads while some are slow."""
 
     def __init__(self, threads: int):
         self.threads = threads
-        self._slow = False
+        self._recent: deque[float] = deque(maxlen=RECENT)  # seconds
         self._pool: ThreadPoolExecutor | None = None
         self._done: list[_Episode] = []
         self._flying: dict[Future, _Episode] = {}
 
     def take(self, episode: _Episode, completion: Completion | None) -> None:
-        if self._slow:
+        if max(self._recent, default=0.0) > SLOW_SECONDS:
             self._pool = self._pool or ThreadPoolExecutor(self.threads, "swirl-steps")
-            self._flying[self._pool.submit(episode.act, completion)] = episode
-            return
-        began = time.perf_counter()
-        episode.act(completion)
-        self._slow = time.perf_counter() - began > SLOW_SECONDS
-        self._done.append(episode)
+            self._flying[self._pool.submit(episode.timed, completion)] = episode
+        else:
+            self._recent.append(episode.timed(completion))
+            self._done.append(episode)
 
     def done(self, until: str | None) -> list[_Episode]:
         """Episodes whose step is taken; waits for the first or for all, if told to. Raises what a step raised."""
@@ -175,12 +181,13 @@ class _Steps:
                 wait(self._flying, return_when=until)
             for future in [future for future in self._flying if future.done()]:
                 done.append(self._flying.pop(future))
-                future.result()
+                self._recent.append(future.result())
         return done
 
     def close(self) -> None:
+        """Waits for the steps that are under way."""
         if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool.shutdown(cancel_futures=True)
 
 
 def _record(episode: _Episode, policy: str, seed: int, round: int) -> Trajectory:

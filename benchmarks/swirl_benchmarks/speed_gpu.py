@@ -96,7 +96,7 @@ def gpu_figures(
     peak = _peak_products(device, model.dtype, product)
     draw = np.random.default_rng(0)
     prompts = [draw.integers(0, vocabulary, prompt).astype(np.int32) for _ in range(batch)]
-    engine = engine_of(model, new)  # one for all rounds: what was captured stays
+    engine = engine_of(model)  # one for all rounds: what was captured stays
 
     def decode() -> None:
         requests = [Request(ids, [Row(new)]) for ids in prompts]

@@ -40,8 +40,8 @@ TIE = 1e-4
 class Row:
     """Takes tokens until it has as many as it wants; greedy, or drawn."""
 
-    def __init__(self, wanted: int, greedy: bool = True):
-        self.wanted, self.greedy = wanted, greedy
+    def __init__(self, wanted: int, greedy: bool = True, cap: int | None = None):
+        self.wanted, self.greedy, self.cap = wanted, greedy, cap or wanted
         self.restart()
 
     def restart(self) -> None:
@@ -59,10 +59,10 @@ def _sample(logits, rows: Sequence[Any]) -> None:
         row.finish = "length" if len(row.ids) == row.wanted else None
 
 
-def engine_of(model, longest: int):
+def engine_of(model):
     from swirl_agents.engine import Engine
 
-    return Engine(model, _sample, max_new_tokens=longest, batch_tokens=1 << 17, cache_tokens=1 << 17)
+    return Engine(model, _sample, batch_tokens=1 << 17, cache_tokens=1 << 17)
 
 
 def generate(
@@ -116,7 +116,7 @@ def fork_figures(model, states: int = 5, samples: int = 4, prompt: int = PROMPT,
     contexts = [state.context.astype(np.int32) for state in tree_of(states, 1, prompt, stream_of(model))]
 
     def fork(greedy: bool = False) -> list[Any]:
-        engine = engine_of(model, ACTION)
+        engine = engine_of(model)
         requests = [Request(ids, [Row(ACTION, greedy) for _ in range(samples)]) for ids in contexts]
         for request in requests:
             engine.add(request)
@@ -180,12 +180,12 @@ def act(model, episodes: Episodes) -> tuple[dict[tuple[int, int], list[int]], An
     """Play with the engine: {(episode, step): its tokens}."""
     from swirl_agents.engine import Request
 
-    engine = engine_of(model, int(episodes.wanted.max()))
+    engine, longest = engine_of(model), int(episodes.wanted.max())
     live: list[tuple[int, int, Any]] = []
     said: dict[tuple[int, int], list[int]] = {}
 
     def ask(i: int, step: int, ids: np.ndarray) -> None:
-        request = Request(ids, [Row(int(episodes.wanted[i, step]))], keep=True)
+        request = Request(ids, [Row(int(episodes.wanted[i, step]), cap=longest)], keep=True)
         engine.add(request)
         live.append((i, step, request))
 

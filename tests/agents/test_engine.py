@@ -1,7 +1,9 @@
 """The rollout engine against `generate()`, token for token: forks, continuations, newcomers, budgets, families of models."""
 
 import copy
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
@@ -12,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from swirl_agents import engine as engine_module
+from swirl_agents import graphs
 from swirl_agents.batches import Batches
 from swirl_agents.engine import Engine, Request, why_not
 from swirl_agents.local import LocalPolicy
@@ -82,8 +85,8 @@ OTHERS = {
 class Row:
     """Takes the likeliest token until it has as many as it wants."""
 
-    def __init__(self, wanted):
-        self.wanted = wanted
+    def __init__(self, wanted, cap=12):
+        self.wanted, self.cap = wanted, cap
         self.restart()
 
     def restart(self):
@@ -97,8 +100,8 @@ def greedy(logits, rows):
         row.finish = "length" if len(row.ids) == row.wanted else None
 
 
-def make(model, batch_tokens=100_000, cache_tokens=100_000, longest=12):
-    return Engine(model, greedy, max_new_tokens=longest, batch_tokens=batch_tokens, cache_tokens=cache_tokens)
+def make(model, batch_tokens=100_000, cache_tokens=100_000):
+    return Engine(model, greedy, batch_tokens=batch_tokens, cache_tokens=cache_tokens)
 
 
 def generated(model, ids, wanted):
@@ -128,6 +131,14 @@ def finish(engine, requests, at_once=None):
             engine.add(request)
         waiting = waiting[at_once or len(waiting) :]
         engine.step()
+        spoil(engine)
+
+
+@torch.inference_mode()
+def spoil(engine):
+    """Slots that nobody has may hold anything."""
+    for buffer in (part for buffers in engine._buffers for part in buffers):
+        buffer[len(engine._slots) :] = float("nan")
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -272,7 +283,7 @@ def test_models_of_other_kinds_run_in_batches(family):
         Request(draw.integers(0, VOCABULARY, n).astype(np.int32), [row])
         for n, row in zip((20, 5, 11), rows, strict=True)
     ]
-    batches = Batches(model, greedy, max_new_tokens=12, batch_tokens=60, pad_id=0)
+    batches = Batches(model, greedy, batch_tokens=60, pad_id=0)
     for request in requests:
         batches.add(request)
     while any(request.left for request in requests):
@@ -310,7 +321,7 @@ def test_rows_of_one_state_are_split_by_the_budget_of_batches():
         greedy(logits, some)
 
     request = Request(np.arange(1, 9, dtype=np.int32), rows)
-    batches = Batches(OTHERS["window"], counting, max_new_tokens=12, batch_tokens=100, pad_id=0)
+    batches = Batches(OTHERS["window"], counting, batch_tokens=100, pad_id=0)
     batches.add(request)
     while request.left:
         batches.step()
@@ -320,14 +331,97 @@ def test_rows_of_one_state_are_split_by_the_budget_of_batches():
 
 def test_buffers_stay_within_the_budget():
     draw = np.random.default_rng(4)
-    requests = [Request(draw.integers(0, VOCABULARY, 20).astype(np.int32), [Row(8)]) for _ in range(200)]
-    engine = make(MODELS["llama"], batch_tokens=4096, longest=8)
+    requests = [Request(draw.integers(0, VOCABULARY, 20).astype(np.int32), [Row(8, cap=8)]) for _ in range(200)]
+    engine = make(MODELS["llama"], batch_tokens=4096)
     for request in requests:
         engine.add(request)
     while any(request.left for request in requests):
         engine.step()
         assert engine._owners.numel() <= 4096
     assert_generated(MODELS["llama"], requests[-1].ids, requests[-1].rows[0])
+
+
+def test_rows_of_unequal_caps_get_the_room_that_they_need():
+    ids = np.arange(1, 9, dtype=np.int32)
+    for batch_tokens in (1, 100_000):
+        requests = [Request(ids, [Row(n, cap=n) for n in wanted]) for wanted in ([3], [90], [3, 90, 2])]
+        finish(make(MODELS["llama"], batch_tokens), requests, at_once=1)
+        for request in requests:
+            for row in request.rows:
+                assert len(row.ids) == row.wanted
+                assert_generated(MODELS["llama"], ids, row)
+
+
+BAD = 5
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_what_a_broken_sample_left_behind_is_harmless(static):
+    """After the token `BAD` every key and value is NaN. They stay in a slot that another sample moves into, and in one that a newcomer
+    gets; both see a third sample's reach, so what was left is masked."""
+    model, draw = build("Llama", intermediate_size=64, num_key_value_heads=2), np.random.default_rng(0)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[BAD], model.lm_head.weight[BAD] = float("nan"), 0.0
+
+    def sound(length):
+        return Request(draw.integers(BAD + 1, VOCABULARY, length).astype(np.int32), [Row(12)])
+
+    def broken():
+        return Request(np.full(60, BAD, np.int32), [Row(2)])
+
+    def poisoned(place):
+        return bool(engine._buffers[0][1][place].isnan().any())
+
+    engine = make(model)
+    engine.static = static
+    long, moved, late = sound(100), sound(5), sound(7)
+    for request in (broken(), long, moved):
+        engine.add(request)
+    engine.step()
+    assert poisoned(0)
+    engine.step()
+    assert engine._slots[0].request is moved
+    engine.add(again := broken())
+    while again.left:
+        engine.step()
+    assert poisoned(2)
+    engine.add(late)
+    while late.left:
+        engine.step()
+        assert not poisoned(slice(len(engine._slots)))
+    for request in (long, moved, late):
+        assert not request.left
+        assert_generated(model, request.ids, request.rows[0])
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_few_captured_steps_are_kept_and_any_is_made_again(family, monkeypatch):
+    monkeypatch.setattr(graphs, "KEPT", 2)
+    draw, engine = np.random.default_rng(1), make(MODELS[family])
+    engine.static, made = True, []
+    make_step = engine._static
+    engine._static = lambda *shape: made.append(shape) or make_step(*shape)
+    played, _ = play(engine, [draw.integers(0, VOCABULARY, n).astype(np.int32) for n in (5, 30, 17, 8)], draw)
+    assert len(engine._graphs) == 2
+    assert len(made) > len(set(made)) > 2
+    for request in played:
+        assert_generated(MODELS[family], request.ids, request.rows[0])
+
+
+def test_buffers_that_grow_leave_none_behind():
+    engine = make(MODELS["llama"])
+    engine.static = True
+    finish(engine, [Request(np.arange(1, 9, dtype=np.int32), [Row(6)])])
+    before = [weakref.ref(part) for buffers in engine._buffers for part in buffers]
+    assert len(engine._graphs)
+    gc.disable()
+    try:
+        engine.add(Request(np.arange(1, 90, dtype=np.int32), [Row(6)]))
+        engine.step()
+        assert not any(old() is not None for old in before)
+        assert not len(engine._graphs)
+    finally:
+        gc.enable()
 
 
 def test_a_step_that_raises_loses_nobody():
@@ -455,7 +549,7 @@ def test_stop_strings_of_any_script_are_found():
     wanted = iter([*"ab", *("。" * 8).encode(), *"cdefgh"])
     bytes_of = {value: key for key, value in enumerate_bytes().items()}
 
-    def draw(logits, uniforms):
+    def draw(logits, uniforms, tau):
         value = next(wanted)
         return [bytes_of[ord(value) if isinstance(value, str) else value]], [0.0]
 

@@ -1,5 +1,8 @@
 """Local policy and rendering on a tiny model: tokens drawn by hand, sampling exact, caching without effect."""
 
+from contextlib import closing
+from itertools import repeat
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -211,6 +214,109 @@ def test_the_cache_forgets_when_the_model_changes():
 def test_settings_are_checked(kwargs):
     with pytest.raises(ConfigError):
         LocalPolicy(MODEL, TOKENIZER, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("temperature", -1.0), ("temperature", float("nan")), ("max_new_tokens", 0)]
+)
+def test_settings_that_are_changed_are_checked(name, value):
+    policy = LocalPolicy(MODEL, TOKENIZER, max_new_tokens=2)
+    setattr(policy, name, value)
+    with pytest.raises(ConfigError, match=name):
+        policy(STATES)
+
+
+def window_model():
+    """One that the engine does not run."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    return MistralForCausalLM(MistralConfig(
+        vocab_size=len(TOKENIZER), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=8, eos_token_id=TOKENIZER.eos_token_id, initializer_range=0.4,
+    )).eval()  # fmt: skip
+
+
+both_engines = pytest.mark.parametrize("model", [MODEL, window_model()], ids=["engine", "batches"])
+
+
+@both_engines
+@pytest.mark.filterwarnings("ignore:The rollout engine cannot run")
+def test_settings_may_be_changed_between_calls(model):
+    def policy(**settings):
+        made = LocalPolicy(model, TOKENIZER, **settings)
+        made.eos_ids = set()
+        return made
+
+    changed, fresh = policy(max_new_tokens=4), policy(max_new_tokens=150, temperature=0.0)
+    changed(STATES, 2)
+    changed.max_new_tokens, changed.temperature = 150, 0.0
+    for got, want in zip(changed(STATES, 2), fresh(STATES, 2), strict=True):
+        assert [len(one.tokens.action_ids) for one in got] == [150, 150]
+        assert [one.text for one in got] == [one.text for one in want]
+    assert changed.parameters == fresh.parameters
+    changed.max_new_tokens = 1
+    assert [one.finish for [one] in changed(STATES)] == ["length"] * len(STATES)
+
+
+def test_an_action_ends_with_the_settings_that_it_began_with():
+    def policy(**settings):
+        made = LocalPolicy(MODEL, TOKENIZER, **settings)
+        made.eos_ids = set()
+        return made
+
+    old, new = {"max_new_tokens": 8, "temperature": 1.0}, {"max_new_tokens": 90, "temperature": 0.0}
+    asked = {"before": (state("one", seed=3), old), "after": (state("two", seed=3), new)}
+    changed, found = policy(**old), {}
+    with closing(changed.session()) as session:
+        session.add("before", asked["before"][0], 2)
+        for _ in range(3):
+            session.poll()
+        changed.max_new_tokens, changed.temperature = new["max_new_tokens"], new["temperature"]
+        session.add("after", asked["after"][0], 2)
+        while len(session):
+            found.update(session.poll())
+    for key, (transcript, chosen) in asked.items():
+        for got, want in zip(found[key], policy(**chosen)([transcript], 2)[0], strict=True):
+            assert got.tokens.action_ids.tolist() == want.tokens.action_ids.tolist()
+            assert np.abs(got.tokens.logprobs - want.tokens.logprobs).max() < 1e-4
+
+
+def saying(policy, tokens):
+    """The policy, made to say these tokens."""
+    wanted = iter(tokens)
+    policy._draw = lambda logits, uniforms, tau: ([next(wanted) for _ in uniforms], [0.0] * len(uniforms))
+    return policy
+
+
+@both_engines
+@pytest.mark.filterwarnings("ignore:The rollout engine cannot run")
+@pytest.mark.parametrize(
+    ("last", "stop", "finish"),
+    [("c", (), "length"), ("c", ("never",), "length"), ("c", ("bc",), "stop"), (None, (), "eos")],
+)
+def test_what_ends_an_action_at_its_cap(model, last, stop, finish):
+    ids = [*plain("a"), *plain("b"), *(plain(last) if last else [END])]
+    assert len(ids) == 3
+    [[one]] = saying(LocalPolicy(model, TOKENIZER, max_new_tokens=3), ids)([state("Go", stop=stop)])
+    assert one.finish == finish
+    assert one.text == "ab" + (last or "")
+    assert one.tokens.action_ids.tolist() == ids
+
+
+@both_engines
+@pytest.mark.filterwarnings("ignore:The rollout engine cannot run")
+def test_an_empty_action_is_a_malformed_step_of_one_token(model):
+    policy = saying(LocalPolicy(model, TOKENIZER, max_new_tokens=3), repeat(END))
+    [[one]] = policy([state("Go")])
+    assert (one.text, one.finish, one.tokens.action_ids.tolist()) == ("", "eos", [END])
+    [trajectory] = rollout(make_env, policy, [(next(iter(make_env().unwrapped.task_set.tasks)), 0)])
+    assert (len(trajectory.steps), trajectory.stop) == (3, "step_limit")
+    row = []
+    for step, before in zip(trajectory.steps, trajectory.states(), strict=True):
+        assert step.action.text == "" and step.action.malformed
+        row += step.tokens.ids.tolist()
+        assert RENDERER.encode(before).ids.tolist() == row[:-1]
 
 
 def make_env():
