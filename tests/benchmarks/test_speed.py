@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from swirl_agents.testing import tiny_model, tiny_tokenizer
 from swirl_algos import tree
-from swirl_benchmarks import speed_gpu, speed_load, speed_rollout, speed_update
+from swirl_benchmarks import speed_gpu, speed_load, speed_rollout, speed_trl, speed_update
 from swirl_benchmarks.timing import in_turn, spread
 
 from swirl_env.errors import ConfigError
@@ -62,7 +62,20 @@ def test_acting_figures_compare_tokens():
     [figure] = speed_rollout.rollout_figures(MODEL, [3], rounds=1)
     assert figure["greedy"]["different"] == 0
     assert sum(figure["greedy"].values()) == figure["steps"]
-    assert "rollout: 3 episodes" in printed(speed_rollout.print_rollout, {"fork": fork, "rollout": [figure]})
+    assert "rollout: 3 episodes" in printed(speed_rollout.print_rollout, {"fork": [fork], "rollout": [figure]})
+
+
+@pytest.mark.slow
+def test_trl_plays_the_episodes_that_the_engine_plays(tmp_path):
+    pytest.importorskip("trl")
+    tokenizer = tiny_tokenizer()
+    tiny_model(tokenizer, context=8192).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    figures = speed_trl.trl_figures(str(tmp_path), 3, rounds=1)
+    assert figures["same_actions"] == figures["steps"] >= 5 + 2 * 2
+    assert figures["tokens_of_actions"] >= 10 * figures["steps"]
+    assert "of TRL" in printed(speed_trl.print_trl, figures)
+    assert "not installed" in printed(speed_trl.print_trl, {"trl": None})
 
 
 @pytest.mark.parametrize(
@@ -100,4 +113,5 @@ def test_rounds_take_turns_and_the_first_does_not_count():
     seconds = in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2)
     assert order == ["a", "b"] * 3
     assert [len(values) for values in seconds.values()] == [2, 2]
-    assert spread([1.0, 2.0, 3.0]) == {"median": 2.0, "low": 1.5, "high": 2.5}
+    assert spread([1.0, 2.0, 3.0]) == {"median": 2.0, "low": 1.0, "high": 3.0}
+    assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3.0, "low": 2.0, "high": 4.0}
