@@ -7,12 +7,28 @@ SFT imitates the same ones; REINFORCE acts anew with the same judge; GRPO acts a
 tokens as SWiRL had (stage 1 included). All start from the same warm start and are measured on the same unseen questions, greedily.
 """
 
-from dataclasses import dataclass, field
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from swirl_agents.scripted import Scripted, calculations
+from swirl_algos import stages
 from swirl_algos.configs import GrpoConfig, ReinforceConfig, SftConfig, SwirlConfig
+from swirl_algos.filters import keep
 
 import swirl_env  # noqa: F401  registers the ids
+from swirl_benchmarks.metrics import paired_difference, process_score, summary
+from swirl_env.env import ToolEnv
+from swirl_env.judges import RulesJudge
+from swirl_env.types import Action, ToolCall, Trajectory, Transcript
 
 GAIN_GOAL = 0.15
 """Held-out accuracy of SWiRL over its warm start that we hold ourselves to, on every seed."""
@@ -54,7 +70,7 @@ def tokenizer_of(texts: list[str], size: int = 512) -> Any:
 
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])  # fmt: skip
     core.decoder = decoders.ByteLevel()
     special = ["<|im_end|>", "<|im_start|>"]
@@ -67,6 +83,36 @@ def tokenizer_of(texts: list[str], size: int = 512) -> Any:
     )
     tokenizer.chat_template = TEMPLATE
     return tokenizer
+
+
+def _calculate(env: ToolEnv, expression: str) -> str:
+    return env.grammar.render(Action("", calls=(ToolCall("calculator", {"expression": expression}),)))
+
+
+def careless(env: ToolEnv, early: float = 0.45, wrong: float = 0.2) -> Scripted:
+    """A demonstrator with bad habits: at each state it may answer too early (with the latest result, or a number of the question),
+    or calculate with a number from nowhere; else it goes on with the worked solution."""
+    prompts = {
+        env.grammar.prompt(env.task_set.instruction, task.question, env.max_steps): task for task in env.task_set.tasks.values()
+    }
+
+    def act(transcript: Transcript) -> str:
+        draw = np.random.default_rng(transcript.seed)
+        task = prompts[transcript.messages[0].content]
+        said = [m.content for m in transcript.messages if m.role == "assistant"]
+        shown = [m.content for m in transcript.messages if m.role == "user"][1:]
+        plan = calculations(task.question, task.meta["solution"], task.answers[0])
+        left = [one for one in plan if not any(f">{one}<" in text for text in said)]
+        numbers = re.findall(r"\d+", task.question)
+        latest = re.findall(r"-?\d+", shown[-1])[-1] if shown else numbers[0]
+        luck = draw.random()
+        if luck < early and left:
+            return env.grammar.render(Action("", answer=latest))
+        if luck < early + wrong:
+            return _calculate(env, f"{latest}+{draw.integers(2, 99)}")
+        return _calculate(env, left[0]) if left else env.grammar.render(Action("", answer=latest))
+
+    return Scripted("careless", act)
 
 
 def model_of(tokenizer, seed: int, config: LearnConfig) -> Any:
