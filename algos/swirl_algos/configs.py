@@ -1,9 +1,7 @@
 """Settings of the algorithms; importable without torch, so that a command line can show them."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class PolicyConfig:
     """what a token counts: 1 / L_max, 1 / length of its action (grpo: trajectory), or 1 / all tokens"""
     row_tokens: int = 8192
     """token budget of a packed row (memory grows with it); an action that does not fit with its state is left out"""
-    reference: Annotated[bool, tyro.conf.arg(aliases=["--reference"])] = False
+    reference: bool = False
     """plain rows, one a candidate, in place of tree-packed ones: same loss, several times slower"""
 
 

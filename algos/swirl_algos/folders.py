@@ -11,7 +11,8 @@ from swirl_env.transport import without_credentials
 
 
 def claim(path: Path, config: Mapping[str, Any], flag: str) -> None:
-    """Write the settings to `path`, or check that those there are the same.
+    """Write the settings to `path`, or check that those there are the same. Where nothing else is in the folder yet, others
+    take their place.
 
     Args:
         path: `run.json` or the like, in a folder that is new, empty, or was claimed before.
@@ -22,6 +23,8 @@ def claim(path: Path, config: Mapping[str, Any], flag: str) -> None:
         ConfigError: the folder holds something else, or other settings; the differences are named.
     """
     mine = json.loads(without_credentials(json.dumps(config)))
+    part = path.with_name(path.name + ".part")  # left where a process was killed while it claimed
+    holds = {one for one in path.parent.iterdir() if one not in (path, part)} if path.parent.exists() else set()
     if path.exists():
         flat_mine, flat_theirs = flat(mine), flat(read_claim(path, flag))
         changed = [
@@ -29,16 +32,16 @@ def claim(path: Path, config: Mapping[str, Any], flag: str) -> None:
             for key in sorted(flat_mine | flat_theirs)
             if flat_mine.get(key) != flat_theirs.get(key)
         ]
-        if changed:
+        if not changed:
+            return
+        if holds:
             raise ConfigError(
                 f"{path.parent} holds a run with another config ({'; '.join(changed)}). Use another {flag}."
             )
-        return
-    if path.parent.exists() and any(path.parent.iterdir()):
+    elif holds:
         raise ConfigError(f"{path.parent} is not empty and holds no {path.name}. Use another {flag}.")
     digest = sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     part.write_text(json.dumps({"config": mine, "hash": digest}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     part.replace(path)
 

@@ -7,7 +7,7 @@ final answer, and every action of it the same advantage, normalised within the g
 
 Tool results and prompts are masked. With `passes` above 1 the ratio is clipped as published. Defaults follow the paper where later
 work has not shown it wrong: one weight for all tokens in place of 1 / length (DAPO: Yu et al. 2025, arXiv 2503.14476);
-`--normalise False --length constant` is Dr. GRPO (Liu et al. 2025, arXiv 2503.20783); `--baseline leave_one_out --normalise False`
+`--no-normalise --length constant` is Dr. GRPO (Liu et al. 2025, arXiv 2503.20783); `--baseline leave_one_out --no-normalise`
 is RLOO (Ahmadian et al. 2024, arXiv 2402.14740).
 """
 

@@ -6,21 +6,26 @@ RUN/training/NAME: its settings, `metrics.jsonl`, `candidates.jsonl`, checkpoint
 stop.
 """
 
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import gymnasium as gym
 import tyro
+from swirl_agents.scripted import SCRIPTED
 from tyro.conf import Positional
 
 from swirl_algos import stages
 from swirl_algos.configs import GrpoConfig, ReinforceConfig, SftConfig, SwirlConfig, TrainerConfig
 from swirl_algos.filters import FILTERS, Kept, keep
 from swirl_algos.folders import claim, complete, read_claim
+from swirl_env.client import PREFIX
 from swirl_env.env import ToolEnv
 from swirl_env.errors import ConfigError, SwirlError, UnknownNameError, near
 from swirl_env.io import read
@@ -72,7 +77,7 @@ def main(
     ) -> None:  # fmt: skip
         train(algorithm, launch, config, open_judge)
 
-    about = (sys.modules.get(f"swirl_algos.{algorithm}") or sys.modules["__main__"]).__doc__ or algorithm
+    about = import_module(f"swirl_algos.{algorithm}").__doc__ or algorithm
     try:
         tyro.cli(
             command,
@@ -95,21 +100,25 @@ def train(algorithm: str, launch: Launch, config: Any, open_judge: Callable[[str
         TrainingError: see the algorithm's `train`.
     """
     _check(launch, config)
+    if algorithm == "sft" and launch.judge is not None:
+        raise ConfigError("sft imitates and asks no judge: leave out --judge.")
     folder = launch.run if launch.run.is_dir() else launch.run.parent
     name = launch.name or algorithm
     target, place = folder / name, folder / "training" / name
     recorded = read_claim(folder / "run.json") if (folder / "run.json").exists() else {}
+    trajectories = chosen(launch, folder)
     settings = {"algorithm": algorithm, **asdict(launch), "run": launch.run.name, **asdict(config)}
+    settings["trajectories"] = _digest(trajectories)
     first = _first_process()
     if first:
         claim(place / "training.json", settings, "--name")
     if complete(target):
         _say(f"{target} is complete.", first)
         return target
-    trajectories = chosen(launch, folder)
-    judge = open_judge(launch.judge or recorded.get("judge") or "rules")
     start = launch.model or _start(folder, recorded, trajectories)
+    judge = None if algorithm == "sft" else _judge(launch, recorded, trajectories, open_judge)
     if algorithm == "swirl":
+        assert judge is not None
         _rounds(launch, config, trajectories, judge, start, place, target)
         return target
     with _Progress(name) as log:
@@ -130,7 +139,7 @@ def train(algorithm: str, launch: Launch, config: Any, open_judge: Callable[[str
 
 
 def chosen(launch: Launch, folder: Path) -> list[Trajectory]:
-    """The trajectories to train on. Raises `ConfigError` where there are none."""
+    """The trajectories to train on, in an order that is not that of the file. Raises `ConfigError` where there are none."""
     if launch.run.is_file():
         found, source = list(read(launch.run, Trajectory)), launch.run
     elif launch.filter is None and (folder / "kept.jsonl").exists():
@@ -145,12 +154,19 @@ def chosen(launch: Launch, folder: Path) -> list[Trajectory]:
         found = result.kept
     if not found:
         raise ConfigError(f"There is no trajectory to train on in {source}. Generate more, or use another --filter.")
+    found.sort(key=lambda one: one.key)  # files are in the order in which episodes and verdicts came
     if launch.limit is not None and launch.limit < len(found):
         import numpy as np
 
         order = np.random.default_rng(launch.seed).permutation(len(found))[: launch.limit]
         found = [found[i] for i in sorted(order)]
     return found
+
+
+def _digest(trajectories: list[Trajectory]) -> str:
+    """Which they are: training goes on only with the same."""
+    said = [[one.id, [step.action.text for step in one.steps]] for one in trajectories]
+    return f"{len(said)} ({sha256(json.dumps(said).encode()).hexdigest()[:8]})"
 
 
 def none_left(filter: str, result: Kept, source: Path) -> str:
@@ -246,13 +262,30 @@ def _trainer(start: str, launch: Launch, place: Path, log: Callable[[dict], None
     return Trainer(model, tokenizer, launch.trainer, folder=place, seed=launch.seed, log=log)
 
 
+def _judge(
+    launch: Launch, recorded: dict[str, Any], trajectories: list[Trajectory], open_judge: Callable[[str], Judge]
+) -> Judge:  # fmt: skip
+    """The judge named, else that of the run, which then must be the one whose verdicts the trajectories have."""
+    name = launch.judge or recorded.get("judge") or "rules"
+    judge = open_judge(name)
+    before = {step.verdict.judge for one in trajectories for step in one.steps if step.verdict is not None}
+    if launch.judge is None and before - {judge.name}:
+        raise ConfigError(
+            f"The trajectories were judged by {', '.join(sorted(before))}, and {name} would score the actions now ({judge.name}). Say "
+            f"who shall with --judge: the name that swirl judge was given, or {name}."
+        )
+    return judge
+
+
 def _start(folder: Path, recorded: dict[str, Any], trajectories: list[Trajectory]) -> str:
     if complete(folder / WARM_START):
         return str(folder / WARM_START)
-    if recorded.get("model"):
-        return str(recorded["model"])
+    name = str(recorded.get("model") or "")
+    if name and name.partition(":")[0] not in SCRIPTED and not name.startswith((PREFIX, "{")):
+        return name
     raise ConfigError(
-        f"It is not known which model {trajectories[0].policy!r} in {folder} was: name it with --model (a folder, or smollm2-135m)."
+        f"The trajectories in {folder} are by {trajectories[0].policy!r}, which is not known as a model to train: name one with --model "
+        "(a folder, or smollm2-135m)."
     )
 
 

@@ -53,12 +53,15 @@ def generate(
     make_env: Callable[[], gym.Env], policy: Policy, task_ids: Sequence[str], path: Path, *, samples: int = 1, seed: int = 0,
     batch_size: int = 32, round: int = 0, name: str = "generate",
 ) -> list[Trajectory]:  # fmt: skip
-    """Trajectories of (task, sample) pairs; those already in the file are not made again.
+    """Trajectories of (task, sample) pairs; those already in the file are not made again, but for those that an error ended.
 
     Returns:
         all of them, in the order of `task_ids`.
     """
-    done = {trajectory.key: trajectory for trajectory in read(path, Trajectory)}
+    found = list(read(path, Trajectory))
+    done = {trajectory.key: trajectory for trajectory in found if trajectory.stop != "error"}
+    if len(done) < len(found):
+        rewrite(path, done.values())
     jobs = [(task_id, sample) for task_id in task_ids for sample in range(samples)]
     missing = [(task_id, sample) for task_id, sample in jobs if (task_id, sample, round) not in done]
     if missing:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from swirl_benchmarks import steps
 from swirl_benchmarks.bench import BENCHES
 from swirl_benchmarks.run import RunConfig
 from swirl_benchmarks.terminal import console
@@ -225,18 +226,35 @@ def data() -> None:
     """Official data files: swirl data --help."""
 
 
-EXTRAS = dict.fromkeys(("torch", "transformers", "safetensors", "gguf", "tokenizers"), "train") | {"matplotlib": "plot"}
+def export() -> None:
+    """Models and trajectories for other programs: swirl export --help."""
+
+
+EXTRAS = dict.fromkeys(("torch", "transformers", "accelerate", "safetensors", "gguf", "tokenizers"), "train") | {
+    "matplotlib": "plot",
+    "datasets": "export",
+}
 """Packages that only some commands need, and the extra that brings them."""
 COMMANDS: dict[str, Callable] = {
     "run": run,
     "eval": eval_,
+    "generate": steps.generate,
     "judge": judge,
+    "filter": steps.filter_,
+    "train": steps.train,
+    "export": export,
     "play": play,
     "envs": envs,
     "bench": bench,
     "data": data,
 }
-GROUPS: dict[str, dict[str, Callable]] = {"bench": BENCHES, "data": {"list": data_list, "fetch": data_fetch}}
+GROUPS: dict[str, dict[str, Callable]] = {
+    "bench": BENCHES,
+    "data": {"list": data_list, "fetch": data_fetch},
+    "export": {"model": steps.export_model, "rows": steps.export_rows},
+}
+RESUMED = {"run", "generate", "judge", "train"}
+"""Commands that go on where they stopped."""
 
 
 def main() -> None:
@@ -245,7 +263,9 @@ def main() -> None:
     sys.path.insert(0, str(Path.cwd()))  # so that module:attribute finds a file beside you
     try:
         group = sys.argv[1] if sys.argv[1:2] and sys.argv[1] in GROUPS else None
-        if group is None:
+        if sys.argv[1:2] == ["train"]:
+            steps.train_with(sys.argv[2:])
+        elif group is None:
             about = "Step-wise RL environments and training."
             tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="swirl", description=about)
         else:
@@ -267,7 +287,8 @@ def main() -> None:
         print(f"swirl: {without_credentials(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        again = " What was written is kept; the same command goes on from there." if sys.argv[1:2] == ["run"] else ""
+        resumed = RESUMED & set(sys.argv[1:2])
+        again = " What was written is kept; the same command goes on from there." if resumed else ""
         print(f"\nswirl: stopped.{again}", file=sys.stderr)
         sys.exit(130)
 
