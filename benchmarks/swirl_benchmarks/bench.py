@@ -7,7 +7,7 @@ import tyro
 
 from swirl_benchmarks import evaluate
 from swirl_benchmarks.terminal import console
-from swirl_env.errors import ConfigError
+from swirl_env.errors import ConfigError, SwirlError
 
 SPEEDS = ("update", "fork", "rollout", "env", "search", "judge", "load")
 
@@ -148,4 +148,24 @@ def judges(
         evaluate.write_json(json, report)
 
 
-BENCHES: dict[str, Callable] = {"speed": speed, "retrieval": retrieval, "judges": judges}
+def learn(*, seeds: tuple[int, ...] = (0, 1, 2), json: str | None = None) -> None:
+    """Whether it learns: SWiRL, SFT, REINFORCE and GRPO from random weights, on sums with a calculator (about ten minutes).
+
+    Example: swirl bench learn --seeds 0 1 2
+
+    Args:
+        seeds: of questions, sampling and order; side by side where there are cores.
+        json: file for the figures.
+    """
+    from swirl_benchmarks import learn as suite
+
+    evaluate.check_target(json)
+    report = suite.learn_figures(seeds)
+    suite.print_learn(report, console())
+    if json:
+        evaluate.write_json(json, report)
+    if report["missed"]:
+        raise SwirlError(f"{len(report['missed'])} of {len(seeds)} seeds missed the goal, told above.")
+
+
+BENCHES: dict[str, Callable] = {"speed": speed, "retrieval": retrieval, "judges": judges, "learn": learn}

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,7 @@ def run(
     *,
     out: str | None = None,
     json: str | None = None,
+    reference: bool = False,
 ) -> None:
     """Warm start, generate, judge, filter, train, and evaluate before and after.
 
@@ -30,11 +32,14 @@ def run(
     Args:
         out: run folder; one that holds the same run goes on where it stopped. Default: runs/NAME-TASKS-seedSEED.
         json: file for a copy of the results.
+        reference: short for --swirl.reference: plain rows in place of packed ones, the same losses, several times slower.
     """
     from swirl_benchmarks import evaluate
     from swirl_benchmarks.run import run as run_all
 
     evaluate.check_target(json)
+    if reference:
+        config = replace(config, swirl=replace(config.swirl, reference=True))
     name = config.env.rpartition("/")[2].lower()
     folder = Path(out or f"runs/{name}-{config.tasks}-seed{config.seed}")
     results = run_all(config, folder, console(), command=" ".join(["swirl", *sys.argv[1:]]))

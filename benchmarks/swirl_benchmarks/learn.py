@@ -1,122 +1,115 @@
-"""Does it learn? `swirl bench learn`: SWiRL beside SFT, REINFORCE and GRPO on `swirl/Arithmetic-v0`, from a random Llama, in minutes.
+"""Does it learn? `swirl bench learn`: SWiRL beside SFT, REINFORCE and GRPO on `swirl/Arithmetic-v0`, from random weights, in minutes.
 
-For each seed: a tiny Llama with a tokenizer of its own imitates gold demonstrations until it is a weak policy (the warm start).
-It acts on other questions; the `rules` judge scores each step by process alone: it sees neither the gold answer nor the results of
-the step, so nothing looks at whether the final answer is right. SWiRL learns from the trajectories that the process filter keeps;
-SFT imitates the same ones; REINFORCE acts anew with the same judge; GRPO acts anew for the outcome, with at most as many sampled
-tokens as SWiRL had (stage 1 included). All start from the same warm start and are measured on the same unseen questions, greedily.
+A tiny Llama with a tokenizer of its own imitates gold demonstrations; from half way on each seed goes on alone, with questions
+of its own, until it is a weak policy: right on some three of ten (training) questions. That is the warm start. It acts on other
+questions, and the `rules` judge scores each step by process alone: it sees neither the gold answer nor the step's result, so nothing
+looks at whether the final answer is right. SWiRL learns from the trajectories that the process filter keeps; SFT imitates the same
+ones; REINFORCE acts anew with the same judge; GRPO acts anew for the outcome, with at most the tokens that SWiRL sampled, stage 1
+included. All start from the warm start and are measured on the same unseen questions, greedily.
+
+The problems are sums of three to five numbers, and the calculator adds: what is to be learned is which numbers, in which order, and when
+to answer. With minus among them the judge, which sees numbers and not meanings, can be pleased by wrong signs: tried, the process score
+rose and the accuracy fell.
 """
 
-import re
+import multiprocessing
+import os
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 from rich.console import Console
 from rich.table import Table
-from swirl_agents.scripted import Scripted, calculations
+from swirl_agents.rollout import rollout
+from swirl_agents.scripted import oracle
 from swirl_algos import stages
-from swirl_algos.configs import GrpoConfig, ReinforceConfig, SftConfig, SwirlConfig
+from swirl_algos.configs import GrpoConfig, ReinforceConfig, SftConfig, SwirlConfig, TrainerConfig
 from swirl_algos.filters import keep
 
 import swirl_env  # noqa: F401  registers the ids
-from swirl_benchmarks.metrics import paired_difference, process_score, summary
+from swirl_benchmarks.metrics import Estimate, paired_difference, process_score, summary
 from swirl_env.env import ToolEnv
 from swirl_env.judges import RulesJudge
-from swirl_env.types import Action, ToolCall, Trajectory, Transcript
+from swirl_env.types import Trajectory
 
 GAIN_GOAL = 0.15
 """Held-out accuracy of SWiRL over its warm start that we hold ourselves to, on every seed."""
+KWARGS: dict[str, Any] = {"operators": "+", "operations": [2, 4], "max_steps": 6, "count": 50_000}
+TOKENS = 24
+"""Cap of an action."""
+MOST_CHUNKS = 60
 
 
 @dataclass(frozen=True)
 class LearnConfig:
-    """Sizes of the benchmark; `small` has those of the tests."""
+    """Sizes of the benchmark."""
 
-    kwargs: dict[str, Any] = field(default_factory=lambda: {"operations": (2, 4), "operators": "+-", "max_steps": 6})
-    """of the environment"""
-    hidden: int = 128
-    layers: int = 4
-    demonstrations: int = 400
+    hidden: int = 96
+    layers: int = 3
+    together: int = 2400
+    """demonstrations that all seeds share"""
+    chunk: int = 400
+    """demonstrations between looks at how weak the policy still is"""
+    weak: float = 0.3
+    """accuracy at which the warm start ends"""
     practised: int = 128
     samples: int = 4
     unseen: int = 200
-    warm: SftConfig = SftConfig(learning_rate=3e-3, epochs=20, batch_size=32, row_tokens=8192)
-    sft: SftConfig = SftConfig(learning_rate=1e-3, epochs=3, batch_size=32, row_tokens=8192)
+    imitate: SftConfig = SftConfig(learning_rate=3e-3, epochs=1, batch_size=8, row_tokens=16_384)
+    sft: SftConfig = SftConfig(learning_rate=1e-3, epochs=3, batch_size=8, row_tokens=16_384)
     swirl: SwirlConfig = SwirlConfig(
-        learning_rate=1e-3, epochs=3, batch_size=32, samples=8, max_new_tokens=24, beta=0.01
+        learning_rate=5e-4, epochs=6, batch_size=16, samples=8, max_new_tokens=TOKENS, beta=0.01, row_tokens=16_384
     )
     reinforce: ReinforceConfig = ReinforceConfig(
-        learning_rate=1e-3, updates=40, batch_size=32, samples=4, max_new_tokens=24, beta=0.01
+        learning_rate=5e-4, updates=30, batch_size=16, samples=4, max_new_tokens=TOKENS, beta=0.01, row_tokens=16_384
     )
     grpo: GrpoConfig = GrpoConfig(
-        learning_rate=1e-3, updates=40, batch_size=32, samples=8, max_new_tokens=24, beta=0.01
+        learning_rate=5e-4, updates=30, batch_size=8, samples=8, max_new_tokens=TOKENS, beta=0.01, row_tokens=16_384
     )
 
 
-SMALL = LearnConfig()
+def make_env(split: str = "train", judge: str | None = None) -> gym.Env:
+    """The environment of the benchmark."""
+    reward = "process" if judge else "outcome"
+    return gym.make("swirl/Arithmetic-v0", disable_env_checker=True, split=split, judge=judge, reward=reward, **KWARGS)
 
 
-def tokenizer_of(texts: list[str], size: int = 512) -> Any:
-    """A tokenizer for one environment: digits apart, and what its prompts say again and again in a few tokens."""
+def tokenizer_of(demonstrations: Sequence[Trajectory], size: int = 512) -> Any:
+    """A tokenizer for one environment: a number is a token, and what its prompts say again and again takes few."""
     from swirl_agents.testing import TEMPLATE
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    texts = []
+    for one in demonstrations:
+        texts.append(f"user\n{one.prompt[0].content}")
+        for step in one.steps:
+            texts += [f"assistant\n{step.action.text}", f"user\n{step.observation}"]
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     ])  # fmt: skip
     core.decoder = decoders.ByteLevel()
-    special = ["<|im_end|>", "<|im_start|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    end, begin = "<|im_end|>", "<|im_start|>"
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[end, begin], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )  # fmt: skip
+    core.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token=special[0], pad_token=special[0], additional_special_tokens=special[1:]
+        tokenizer_object=core, eos_token=end, pad_token=end, additional_special_tokens=[begin]
     )
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
 
-def _calculate(env: ToolEnv, expression: str) -> str:
-    return env.grammar.render(Action("", calls=(ToolCall("calculator", {"expression": expression}),)))
-
-
-def careless(env: ToolEnv, early: float = 0.45, wrong: float = 0.2) -> Scripted:
-    """A demonstrator with bad habits: at each state it may answer too early (with the latest result, or a number of the question),
-    or calculate with a number from nowhere; else it goes on with the worked solution."""
-    prompts = {
-        env.grammar.prompt(env.task_set.instruction, task.question, env.max_steps): task for task in env.task_set.tasks.values()
-    }
-
-    def act(transcript: Transcript) -> str:
-        draw = np.random.default_rng(transcript.seed)
-        task = prompts[transcript.messages[0].content]
-        said = [m.content for m in transcript.messages if m.role == "assistant"]
-        shown = [m.content for m in transcript.messages if m.role == "user"][1:]
-        plan = calculations(task.question, task.meta["solution"], task.answers[0])
-        left = [one for one in plan if not any(f">{one}<" in text for text in said)]
-        numbers = re.findall(r"\d+", task.question)
-        latest = re.findall(r"-?\d+", shown[-1])[-1] if shown else numbers[0]
-        luck = draw.random()
-        if luck < early and left:
-            return env.grammar.render(Action("", answer=latest))
-        if luck < early + wrong:
-            return _calculate(env, f"{latest}+{draw.integers(2, 99)}")
-        return _calculate(env, left[0]) if left else env.grammar.render(Action("", answer=latest))
-
-    return Scripted("careless", act)
-
-
-def model_of(tokenizer, seed: int, config: LearnConfig) -> Any:
-    """A random Llama."""
+def model_of(tokenizer, config: LearnConfig) -> Any:
+    """A random Llama, always the same."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -125,5 +118,160 @@ def model_of(tokenizer, seed: int, config: LearnConfig) -> Any:
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=None, tie_word_embeddings=True,
     )  # fmt: skip
-    torch.manual_seed(seed)
+    torch.manual_seed(1)
     return LlamaForCausalLM(shape).eval()
+
+
+def demonstrate(numbers: range) -> list[Trajectory]:
+    """Gold demonstrations of training questions."""
+    env = make_env().unwrapped
+    assert isinstance(env, ToolEnv)
+    return list(rollout(make_env, oracle(env), [(f"arithmetic-train-{n}", 0) for n in numbers], batch_size=64))
+
+
+def begin(config: LearnConfig, folder: Path) -> None:
+    """The part of the warm start that all seeds share, as a model folder."""
+    import torch
+    from swirl_algos import sft
+    from swirl_algos.trainer import Trainer
+
+    torch.set_num_threads(1)  # of so small a model two threads are slower
+    gold = demonstrate(range(config.together))
+    tokenizer = tokenizer_of(gold[:400])
+    trainer = Trainer(model_of(tokenizer, config), tokenizer, TrainerConfig(schedule="constant", warmup=0.5))
+    sft.train(trainer, gold, config.imitate)
+    trainer.save_model(folder)
+
+
+def learn_seed(config: LearnConfig, folder: Path, seed: int) -> dict[str, Any]:
+    """One seed: from the shared beginning to figures of all policies. Leaves the warm start in `folder/warm-SEED`."""
+    import torch
+    from swirl_agents.local import LocalPolicy
+    from swirl_agents.models import load_model
+    from swirl_algos import grpo, reinforce, sft, swirl
+    from swirl_algos.trainer import Trainer
+
+    torch.set_num_threads(1)
+    began, first = time.monotonic(), 10_000 * (1 + seed)  # questions of this seed's own
+    judge, env = RulesJudge(), make_env().unwrapped
+    assert isinstance(env, ToolEnv)
+    unseen = [f"arithmetic-test-{n}" for n in range(config.unseen)]
+    evaluated: dict[str, list[Trajectory]] = {}
+    figures: dict[str, Any] = {"seed": seed, "policies": {}, "seconds": {}}
+
+    def act(model, tokenizer, tasks: Sequence[str], split: str, samples: int, temperature: float) -> list[Trajectory]:
+        policy = LocalPolicy(model, tokenizer, temperature=temperature, max_new_tokens=TOKENS, seed=seed)
+        jobs = [(task, g) for task in tasks for g in range(samples)]
+        return list(rollout(partial(make_env, split), policy, jobs, seed=seed, batch_size=128))
+
+    def judged(trajectories: list[Trajectory]) -> list[Trajectory]:
+        with TemporaryDirectory() as scratch:
+            return stages.judge(trajectories, judge, Path(scratch) / "judged.jsonl")
+
+    def measure(name: str, model, tokenizer) -> None:
+        evaluated[name] = judged(act(model, tokenizer, unseen, "test", 1, 0.0))
+        whole = summary(evaluated[name], lambda one: env.task_set.metrics(one.task, one.answer))
+        figures["policies"][name] = {key: whole[key] for key in ("outcome", "process", "malformed", "steps")}
+
+    model, tokenizer = load_model(str(folder / "begin"), training=True)
+    look = [f"arithmetic-train-{first + n}" for n in range(100)]
+    at, accuracy, chunks = first + 100, 0.0, 0
+    while accuracy < config.weak and chunks < MOST_CHUNKS:
+        trainer = Trainer(model, tokenizer, TrainerConfig(schedule="constant", warmup=0.2), seed=seed)
+        sft.train(trainer, demonstrate(range(at, at + config.chunk)), config.imitate)
+        at, chunks = at + config.chunk, chunks + 1
+        seen = act(model, tokenizer, look, "train", 1, 0.0)
+        accuracy = sum(one.outcome or 0 for one in seen) / len(seen)
+    trainer.save_model(folder / f"warm-{seed}")
+    figures["warm_start"] = {"demonstrations": config.together + chunks * config.chunk, "training_accuracy": accuracy}
+    measure("warm start", model, tokenizer)
+    practised = [f"arithmetic-train-{at + n}" for n in range(config.practised)]
+    drawn = judged(act(model, tokenizer, practised, "train", config.samples, 1.0))
+    kept = keep("process", drawn).kept
+    spent = sum(len(step.tokens.action_ids) for one in drawn for step in one.steps if step.tokens is not None)
+    right = [one.outcome for one in kept if one.outcome is not None]
+    figures["stage_1"] = {
+        "trajectories": len(drawn),
+        "kept": len(kept),
+        "right_of_kept": sum(right) / max(1, len(right)),
+    }
+
+    def improve(name: str, learn: Callable[[Trainer], None]) -> list[dict[str, Any]]:
+        log: list[dict[str, Any]] = []
+        start = time.monotonic()
+        fresh, same = load_model(str(folder / f"warm-{seed}"), training=True)
+        trainer = Trainer(fresh, same, TrainerConfig(tracker="none"), seed=seed, log=log.append)
+        learn(trainer)
+        figures["seconds"][name] = round(time.monotonic() - start, 1)
+        measure(name, fresh, same)
+        return log
+
+    log = improve("SWiRL", lambda trainer: swirl.train(trainer, kept, judge, env.grammar, config.swirl))
+    spent += sum(metrics["sampled_tokens"] for metrics in log)
+    figures["curve"] = [[round(metrics["score"], 4), round(metrics["kl"], 5)] for metrics in log]
+    improve("SFT, same trajectories", lambda trainer: sft.train(trainer, kept, config.sft))
+    judging = partial(make_env, judge="rules")
+    online = improve("REINFORCE", lambda trainer: reinforce.train(trainer, judging, practised, config.reinforce))
+    budget = GrpoConfig(**asdict(config.grpo) | {"token_budget": spent})
+    rival = improve("GRPO", lambda trainer: grpo.train(trainer, judging, practised, budget))
+    figures["sampled_tokens"] = {
+        "SWiRL": spent, "REINFORCE": online[-1]["tokens_so_far"], "GRPO": rival[-1]["tokens_so_far"]
+    }  # fmt: skip
+    figures["differences"] = {
+        f"{name} - {other}": {
+            "outcome": asdict(paired_difference(evaluated[other], evaluated[name], lambda one: one.outcome)),
+            "process": asdict(paired_difference(evaluated[other], evaluated[name], process_score)),
+        }
+        for name, other in [
+            *((name, "warm start") for name in evaluated if name != "warm start"), ("SWiRL", "SFT, same trajectories"), ("SWiRL", "GRPO"),
+        ]
+    }  # fmt: skip
+    figures["seconds"]["all"] = round(time.monotonic() - began, 1)
+    return figures
+
+
+def learn_figures(seeds: Sequence[int] = (0, 1, 2), config: LearnConfig | None = None) -> dict[str, Any]:
+    """All seeds, as many at once as there are cores; one whose gain, process score or lead over SFT misses its goal is listed."""
+    config, began = config or LearnConfig(), time.monotonic()
+    context = multiprocessing.get_context("spawn")  # torch does not live through a fork
+    with TemporaryDirectory() as scratch, ProcessPoolExecutor(min(len(seeds), os.cpu_count() or 1), context) as pool:
+        folder = Path(scratch)
+        pool.submit(begin, config, folder / "begin").result()
+        found = list(pool.map(partial(learn_seed, config, folder), seeds))
+    missed = {}
+    for one in found:
+        gain = one["differences"]["SWiRL - warm start"]
+        lead = one["differences"]["SWiRL - SFT, same trajectories"]["outcome"]["mean"]
+        says = [
+            f"accuracy {gain['outcome']['mean']:+.3f}, goal {GAIN_GOAL:+}" if gain["outcome"]["mean"] < GAIN_GOAL else "",
+            f"process score {gain['process']['mean']:+.3f}" if gain["process"]["mean"] <= 0 else "",
+            f"not above SFT ({lead:+.3f})" if lead <= 0 else "",
+        ]  # fmt: skip
+        if any(says):
+            missed[one["seed"]] = ", ".join(filter(None, says))
+    return {
+        "env": "swirl/Arithmetic-v0", "kwargs": KWARGS, "judge": RulesJudge().name, "config": asdict(config), "seeds": found,
+        "goal": GAIN_GOAL, "missed": missed, "seconds": round(time.monotonic() - began, 1),
+    }  # fmt: skip
+
+
+def print_learn(report: dict[str, Any], console: Console) -> None:
+    """Accuracy and process score of each policy and seed, with their intervals, and the gains."""
+    table = Table(title="swirl/Arithmetic-v0, unseen questions: accuracy / process score", title_justify="left")
+    table.add_column("")
+    for one in report["seeds"]:
+        table.add_column(f"seed {one['seed']}", justify="right")
+    for name in report["seeds"][0]["policies"]:
+        rows = [one["policies"][name] for one in report["seeds"]]
+        table.add_row(name, *(f"{Estimate(**row['outcome'])} / {row['process']['mean']:.3f}" for row in rows))
+    table.add_section()
+    for name in report["seeds"][0]["differences"]:
+        rows = [one["differences"][name]["outcome"] for one in report["seeds"]]
+        table.add_row(f"{name}, accuracy", *(str(Estimate(**row)) for row in rows))
+    console.print(table)
+    console.print(
+        f"Judge of all but GRPO: {report['judge']}, by process alone. Goal: SWiRL at least {report['goal']:+} over its warm start and above "
+        f"SFT on the same trajectories, on every seed. {report['seconds']:.0f} s."
+    )
+    for seed, text in report["missed"].items():
+        console.print(f"seed {seed} (missed): {text}")

@@ -201,6 +201,17 @@ def test_run_end_to_end_resumes_after_kill_and_refuses_another_config(tiny, tmp_
     assert "another config (seed: 0 there, 1 now)" in done.stderr
 
 
+def test_plain_rows_give_the_same_losses(tiny, tmp_path):
+    losses = []
+    for flags in ([], ["--reference"]):
+        out = tmp_path / f"run{len(flags)}"
+        swirl(*RUN, "--model", tiny, "--out", out, *flags)
+        lines = (out / "training" / "swirl" / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+        assert json.loads((out / "run.json").read_text())["config"]["swirl"]["reference"] is bool(flags)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
 def test_a_run_with_a_judge_behind_a_server_tells_how_often_the_cache_knew(tiny, tmp_path):
     with ChatServer("fine\nGOOD") as server:
         judge = json.dumps(
