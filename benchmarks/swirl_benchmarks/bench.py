@@ -28,29 +28,37 @@ def speed(
     Example: swirl bench speed --only update,fork,rollout --json out.json
 
     Args:
-        only: which of update, fork, rollout, env, search, judge and load, separated by commas; and gpu, where there is one.
+        only: which of update, fork, rollout, env, search, judge and load, separated by commas; gpu, where there is one; and curve,
+            for that of updates alone.
         small: the main shapes only: no curves, no memory, no search of a million paragraphs (they take half an hour).
         model: of update, fork and rollout: smollm2-135m, a folder or a hub name.
         json: file for the figures.
         plot: file for a picture of the curve of updates (.png, .svg or .pdf).
     """
-    chosen = _names(only, (*SPEEDS, "gpu"), "--only")
+    chosen = _names(only, (*SPEEDS, "curve", "gpu"), "--only")
     evaluate.check_target(json)
     evaluate.check_target(plot)
-    if plot and (small or "update" not in chosen):
-        raise ConfigError("--plot draws the curve of updates: give it with update among --only, and without --small.")
+    curved = "curve" in chosen or "update" in chosen and not small
+    if plot and not curved:
+        raise ConfigError(
+            "--plot draws the curve of updates: give it with update or curve among --only, and without --small."
+        )
     if plot:
         import matplotlib  # noqa: F401  missing, it is told before anything runs
     figures: dict = {}
-    if {"update", "fork", "rollout"} & set(chosen):
+    if {"update", "curve", "fork", "rollout"} & set(chosen):
         from swirl_benchmarks import speed_rollout, speed_update
 
         loaded = speed_update.load(model)
         figures["machine"] = speed_update.machine(model, loaded)
+        report: dict = {}
         if "update" in chosen:
-            report: dict = {"shapes": speed_update.update_figures(loaded)}
-            if not small:
-                report |= {"curve": speed_update.curve_figures(loaded), "memory": speed_update.memory_figures(model)}
+            report["shapes"] = speed_update.update_figures(loaded)
+        if curved:
+            report["curve"] = speed_update.curve_figures(loaded)
+        if "update" in chosen and not small:
+            report["memory"] = speed_update.memory_figures(model)
+        if report:
             figures["update"] = report
             speed_update.print_update(report, console())
             if plot:

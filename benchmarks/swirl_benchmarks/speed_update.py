@@ -226,26 +226,27 @@ def memory_figures(model: str) -> dict[str, Any]:
 
 def print_update(report: dict[str, Any], console: Console) -> None:
     """The figures as tables; one over its goal is marked."""
-    table = Table(title="An update, forward and backward: packed against plain rows", title_justify="left")
-    for heading in (
-        "K x G",
-        "packed, s",
-        "plain, s",
-        "times faster",
-        "goal",
-        "tokens",
-        "log-probs apart",
-        "gradient apart",
-    ):
-        table.add_column(heading, justify="right")
-    for one in report["shapes"]:
-        missed = " (missed)" if one["goal"] and one["ratio"]["median"] < one["goal"] else ""
-        table.add_row(
-            f"{one['states']} x {one['samples']}", show(one["packed_seconds"], 2), show(one["plain_seconds"], 2),
-            show(one["ratio"], 2) + missed, f"{one['goal']}", f"{one['tokens_packed']:,} / {one['tokens_plain']:,}",
-            _within(one["logprob_difference"], LOGPROB_GOAL), _within(one["gradient_difference"], GRADIENT_GOAL),
-        )  # fmt: skip
-    console.print(table)
+    if shapes := report.get("shapes"):
+        table = Table(title="An update, forward and backward: packed against plain rows", title_justify="left")
+        for heading in (
+            "K x G",
+            "packed, s",
+            "plain, s",
+            "times faster",
+            "goal",
+            "tokens",
+            "log-probs apart",
+            "gradient apart",
+        ):
+            table.add_column(heading, justify="right")
+        for one in shapes:
+            missed = " (missed)" if one["goal"] and one["ratio"]["median"] < one["goal"] else ""
+            table.add_row(
+                f"{one['states']} x {one['samples']}", show(one["packed_seconds"], 2), show(one["plain_seconds"], 2),
+                show(one["ratio"], 2) + missed, f"{one['goal']}", f"{one['tokens_packed']:,} / {one['tokens_plain']:,}",
+                _within(one["logprob_difference"], LOGPROB_GOAL), _within(one["gradient_difference"], GRADIENT_GOAL),
+            )  # fmt: skip
+        console.print(table)
     if memory := report.get("memory"):
         missed = " (missed)" if memory["ratio"] > memory["goal"] else ""
         console.print(
