@@ -365,27 +365,24 @@ sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 from test_trainer import *
-seen = []
-algorithm = sys.argv[1]
-settings = TrainerConfig(tracker="none")
-if algorithm == "swirl":
-    trainer = Trainer(tiny_model(TOKENIZER), TOKENIZER, settings, seed=3, log=seen.append)
-    swirl.train(trainer, GOLD[:6], EvenLetters(), FreeText(), replace(CONFIG, batch_size=3))
-elif algorithm == "sft":
-    trainer = Trainer(tiny_model(TOKENIZER), TOKENIZER, settings, log=seen.append)
-    sft.train(trainer, GOLD, SftConfig(batch_size=3, epochs=1))
-else:
-    trainer = Trainer(tiny_model(TOKENIZER), TOKENIZER, settings, log=seen.append)
-    config = ReinforceConfig(updates=2, batch_size=3, samples=2, max_new_tokens=4, learning_rate=1e-3, discount=0.5)
-    reinforce.train(trainer, even_env, list(ENV.task_set.tasks)[:4], config)
-weights = sum(float(p.double().abs().sum()) for p in trainer.model.parameters())
+found = {{}}
+for algorithm in ("swirl", "sft", "reinforce"):
+    seen = []
+    trainer = Trainer(tiny_model(TOKENIZER), TOKENIZER, TrainerConfig(tracker="none"), seed=3, log=seen.append)
+    if algorithm == "swirl":
+        swirl.train(trainer, GOLD[:6], EvenLetters(), FreeText(), replace(CONFIG, batch_size=3))
+    elif algorithm == "sft":
+        sft.train(trainer, GOLD, SftConfig(batch_size=3, epochs=1))
+    else:
+        config = ReinforceConfig(updates=2, batch_size=3, samples=2, max_new_tokens=4, learning_rate=1e-3, discount=0.5)
+        reinforce.train(trainer, even_env, list(ENV.task_set.tasks)[:4], config)
+    found[algorithm] = [seen, sum(float(p.double().abs().sum()) for p in trainer.model.parameters())]
 if trainer.main:
-    print(json.dumps([seen, weights]))
+    print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("algorithm", ["swirl", "sft", "reinforce"])
-def test_two_processes_take_the_steps_of_one(tmp_path, algorithm):
+def test_two_processes_take_the_steps_of_one(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
     found = []
@@ -401,15 +398,16 @@ def test_two_processes_take_the_steps_of_one(tmp_path, algorithm):
             "--main_process_port",
             "0",
         ]
-        done = subprocess.run([*launch, script, algorithm], capture_output=True, text=True, timeout=200)
+        done = subprocess.run([*launch, script], capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr[-3000:]
         found.append(json.loads(done.stdout.strip().splitlines()[-1]))
-    (one, weights), (two, same) = found
-    assert weights == pytest.approx(same, rel=1e-6)
-    for a, b in zip(one, two, strict=True):
-        for key in ("loss", "gradient_norm"):
-            assert a[key] == pytest.approx(b[key], abs=1e-5)
-        assert a["tokens"] == b["tokens"]
+    for algorithm, (one, weights) in found[0].items():
+        two, same = found[1][algorithm]
+        assert weights == pytest.approx(same, rel=1e-6)
+        for a, b in zip(one, two, strict=True):
+            for key in ("loss", "gradient_norm"):
+                assert a[key] == pytest.approx(b[key], abs=1e-5), algorithm
+            assert a["tokens"] == b["tokens"]
 
 
 def test_nothing_is_left_of_a_folder_that_could_not_be_written(tmp_path):

@@ -31,8 +31,8 @@ def test_all_four_learn_from_a_weak_policy(tmp_path, one_thread):
     shutil.copytree(WEAK, tmp_path / "warm-0")
     config = learn.LearnConfig()
     config = replace(
-        config, practised=64, samples=2, unseen=64, sft=replace(config.sft, epochs=1), swirl=replace(config.swirl, epochs=3, batch_size=8),
-        reinforce=replace(config.reinforce, updates=10), grpo=replace(config.grpo, updates=10),
+        config, practised=64, samples=2, unseen=64, sft=replace(config.sft, epochs=1), swirl=replace(config.swirl, epochs=2, batch_size=8),
+        reinforce=replace(config.reinforce, updates=6), grpo=replace(config.grpo, updates=6),
     )  # fmt: skip
     figures = learn.learn_seed(config, tmp_path, 0)
     before = figures["policies"]["warm start"]
