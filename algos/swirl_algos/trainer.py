@@ -237,9 +237,9 @@ class Trainer:
             checkpoints.write_folder(folder, lambda part: checkpoints.save_model(self.model, self.tokenizer, part))
             if self.folder:
                 shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-        if self.folder:
-            self.accelerator.end_training()
         self.accelerator.wait_for_everyone()
+        for tracker in self.accelerator.trackers:  # not end_training(): it ends the group of processes too
+            tracker.finish()
 
     # -- inside
 
