@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from swirl_algos.folders import complete
 from swirl_env.errors import SwirlError
 
 OPTIMIZER, STATE = "optimizer.safetensors", "trainer.json"
@@ -30,7 +31,7 @@ class TrainingError(SwirlError, RuntimeError):
 
 def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
     """Make a folder whole or not at all. Raises `TrainingError` where the disk is full, and leaves nothing behind."""
-    if folder.exists() and not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+    if folder.exists() and not complete(folder):
         raise TrainingError(f"{folder} exists and is no model: it is not replaced. Give another name.")
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)

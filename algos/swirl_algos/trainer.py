@@ -298,14 +298,14 @@ def _factor(schedule: str, update: int, count: int, warmup: int) -> float:
 
 
 def _trackers(names: str) -> list[str]:
-    modules = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+    known = ("tensorboard", "wandb", "trackio")
     if names == "auto":
         return ["tensorboard"] if find_spec("tensorboard") else []
     chosen = [] if names == "none" else [name.strip() for name in names.split(",")]
     for name in chosen:
-        if name not in modules:
-            raise ConfigError(f"tracker is {', '.join(modules)}, none or auto; got {name!r}.")
-        if not find_spec(modules[name]):
+        if name not in known:
+            raise ConfigError(f"tracker is {', '.join(known)}, none or auto; got {name!r}.")
+        if not find_spec(name):
             raise ConfigError(f"The tracker {name} is not installed: pip install {name}.")
     return chosen
 

@@ -13,7 +13,7 @@ Several trees share a row up to a budget of tokens. Attention runs in pieces: ca
 for its branches (`_attend`, on any device), or one block-sparse call (flex_attention, on a GPU); never a T x T mask. `plain`
 lays out one row a candidate, the reference that everything is tested against; both give the same `Pack`, so the rest of an
 update is one code path. What a state does not share with the trunk (a chat template that rewrites old turns) becomes a
-tree of its own. Models that cannot be packed are told by `can_pack`.
+tree of its own. Models that cannot be packed are told by `why_not`.
 """
 
 import math

@@ -263,10 +263,9 @@ class _Model:
 
     def save(self, checkpoint: Path) -> None:
         """Write the checkpoint whole or not at all; it is then the model in memory."""
-        part = checkpoint.with_name(checkpoint.name + ".part")
-        self._model.save_pretrained(part, safe_serialization=True)
-        self._tokenizer.save_pretrained(part)
-        part.rename(checkpoint)
+        from swirl_algos.checkpoints import save_model, write_folder
+
+        write_folder(checkpoint, lambda part: save_model(self._model, self._tokenizer, part))
         self._at = str(checkpoint.resolve())
 
     def policy(self, name: str, temperature: float):
