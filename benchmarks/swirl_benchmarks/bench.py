@@ -80,7 +80,7 @@ def speed(
         if "rollout" in chosen:
             from swirl_benchmarks import speed_trl
 
-            figures["trl"] = speed_trl.trl_figures(model, 8 if small else 32)
+            figures["trl"] = speed_trl.trl_figures(model, 8 if small else 16)
             speed_trl.print_trl(figures["trl"], console())
     if "gpu" in chosen:
         from swirl_benchmarks import speed_gpu

@@ -128,7 +128,7 @@ def fork_figures(model, states: int = 5, samples: int = 4, prompt: int = PROMPT,
         for ids in contexts:
             generate(model, [ids], [ACTION], samples, greedy=False)
 
-    seconds = in_turn({"fork": fork, "generate": plain}, rounds)
+    seconds = in_turn({"fork": fork, "generate": plain}, rounds, warm_up=int(rounds > 1))
     compared = {"same": 0, "tie": 0, "different": 0}
     for request in fork(greedy=True):
         [want], [lead] = generate(model, [request.ids], [ACTION], leads=True)

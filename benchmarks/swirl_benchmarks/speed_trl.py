@@ -128,7 +128,7 @@ class _Loop:
         return message
 
 
-def trl_figures(name: str, count: int = 32, rounds: int = 2) -> dict[str, Any]:
+def trl_figures(name: str, count: int = 16, rounds: int = 2) -> dict[str, Any]:
     """Seconds of the engine and of TRL's tool loop, their ratio, and how many actions have the same tokens; `{"trl": None}` where TRL is
     not installed."""
     try:
