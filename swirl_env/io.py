@@ -118,6 +118,13 @@ class Writer(Generic[Record]):
         self.close()
 
 
+def write_text(path: Path, text: str) -> None:
+    """A file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
 def read_official(path: str | Path) -> Iterator[tuple[str, Any]]:
     """(place, row) of a data set's official file: a JSON array, `{"data": [...]}` or JSONL, each also gzip-compressed."""
     path = Path(path).expanduser()

@@ -93,6 +93,11 @@ class ToolVectorEnv(SyncVectorEnv):
         self._prepare(actions)
         return super().step(actions)
 
+    def skip(self, places: Sequence[int]) -> None:
+        """In the next step these begin a new episode, whatever their action (in `NextStep` mode): no tool is called for them and no
+        judge asked. For those whose episodes are over while others still run."""
+        self._autoreset_envs[list(places)] = True
+
     def _add_info(self, vector_infos: dict[str, Any], env_info: dict[str, Any], env_num: int) -> dict[str, Any]:
         """As Gymnasium's, without making a new mask for each value."""
         for key, value in env_info.items():

@@ -73,8 +73,8 @@ class _Episode:
         _, _, terminated, truncated, info = self.env.step(completion.text)
         self.transcript = info["transcript"]
         self.steps.append(replace(info["step"], tokens=completion.tokens))
-        if terminated or truncated:
-            self.outcome, self.stop = info["outcome"], self.env.unwrapped.stop  # type: ignore[attr-defined]
+        if terminated or truncated:  # by a wrapper, perhaps, of which the environment knows nothing
+            self.outcome, self.stop = info.get("outcome"), self.env.unwrapped.stop or "step_limit"  # type: ignore[attr-defined]
 
 
 def rollout(

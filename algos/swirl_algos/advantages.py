@@ -36,12 +36,25 @@ def group_mean(scores_G: np.ndarray) -> np.ndarray:
 BASELINES = {"leave_one_out": leave_one_out, "group": group_mean}
 
 
-def advantages(scores_G: np.ndarray, baseline: str = "leave_one_out", normalise: bool = False) -> np.ndarray:
-    """Advantages of one group by name of the baseline; with `normalise` divided by the group's standard deviation, as GRPO does
-    (Shao et al. 2024, equation 3; it weighs questions by how unlike their samples are: Liu et al. 2025, arXiv 2503.20783)."""
+def advantages(
+    scores_G: np.ndarray, baseline: str = "leave_one_out", normalise: bool = False, penalty_G: np.ndarray | None = None
+) -> np.ndarray:  # fmt: skip
+    """Advantages of one group.
+
+    Args:
+        scores_G: float[G], NaN where unknown.
+        baseline: `leave_one_out` or `group`.
+        normalise: divide by the group's standard deviation, as GRPO does (Shao et al. 2024, equation 3; it weighs questions by how
+            unlike their samples are: Liu et al. 2025, arXiv 2503.20783).
+        penalty_G: float[G]: what each costs (`kl = "reward"`). Its own advantage is taken off after the division, which would
+            otherwise make the weight of a penalty cancel out where the scores are level.
+    """
+    scores_G = np.asarray(scores_G, dtype=np.float64)
     advantages_G = BASELINES[baseline](scores_G)
     if normalise and not np.isnan(advantages_G).all():
         advantages_G = advantages_G / (np.nanstd(scores_G) + TINY)
+    if penalty_G is not None:
+        advantages_G = advantages_G - BASELINES[baseline](np.where(np.isnan(scores_G), np.nan, penalty_G))
     return advantages_G
 
 

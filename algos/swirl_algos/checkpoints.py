@@ -2,9 +2,10 @@
 
     update-000020/
       config.json, model.safetensors, tokenizer ...     (LoRA: adapter_config.json, adapter_model.safetensors)
-      optimizer.safetensors                             AdamW's moments by parameter name, and the random generators' states
+      optimizer.safetensors                             AdamW's moments by parameter name
       trainer.json                                      the next update, what the run is, what the algorithm keeps
 
+Random generators are seeded anew at each update from (seed, update, process), so their state need not be kept.
 Safetensors and JSON only: loading runs no code. A folder gets its name when it is whole, and the one before it is removed only
 then, so a process that is killed, or a full disk, leaves the last good one.
 """
@@ -77,7 +78,7 @@ def save(folder: Path, update: int, model, tokenizer, optimizer: torch.optim.Opt
 
     def write(part: Path) -> None:
         save_model(model, tokenizer, part)
-        tensors = {f"rng.{name}": value for name, value in _generators().items()}
+        tensors = {}
         for name, parameter in _trained(model):
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"{name}.{key}"] = value.detach().contiguous()
@@ -92,7 +93,7 @@ def save(folder: Path, update: int, model, tokenizer, optimizer: torch.optim.Opt
 
 
 def load(checkpoint: Path, model, optimizer: torch.optim.Optimizer, expected: dict[str, Any]) -> dict[str, Any]:
-    """Put model, optimiser and generators where they were; returns `trainer.json`.
+    """Put model and optimiser where they were; returns `trainer.json`.
 
     Args:
         checkpoint: an `update-N` folder.
@@ -114,30 +115,18 @@ def load(checkpoint: Path, model, optimizer: torch.optim.Optimizer, expected: di
         tensors = load_file(checkpoint / OPTIMIZER)
         _load_weights(checkpoint, model)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise TrainingError(
-            f"{checkpoint} cannot be read: {error}. Remove it to begin from the checkpoint before it, or from the start."
-        ) from error
+        raise TrainingError(f"{checkpoint} cannot be read: {error}. Remove it to begin from the start.") from error
     for name, parameter in _trained(model):
         found = {key.removeprefix(f"{name}."): tensors[key] for key in tensors if key.rpartition(".")[0] == name}
         if found:
             optimizer.state[parameter] = {
                 key: value if key == "step" else value.to(parameter.device) for key, value in found.items()
             }
-    torch.set_rng_state(tensors["rng.cpu"])
-    if torch.cuda.is_available() and "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
     return state
 
 
 def _trained(model):
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def _generators() -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
 
 
 def _load_weights(checkpoint: Path, model) -> None:

@@ -103,7 +103,8 @@ class OnlineConfig(PolicyConfig):
     samples: int = 4
     """episodes a question and update"""
     token_budget: int | None = None
-    """sampled tokens after which training ends; none: no limit"""
+    """sampled tokens after which training ends, however many updates are left (the schedule follows whichever is nearer its end); none:
+    no limit"""
 
 
 @dataclass(frozen=True)

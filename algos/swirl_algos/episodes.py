@@ -16,6 +16,7 @@ from swirl_algos.diagnostics import WINDOW, alarm, flat, of_actions, repeats, wa
 from swirl_algos.policy_gradient import PolicyGradient
 from swirl_algos.trainer import Trainer, TrainingError
 from swirl_algos.tree import State
+from swirl_env.env import ToolEnv
 from swirl_env.types import Step, Transcript
 from swirl_env.vector import ToolVectorEnv
 
@@ -83,12 +84,12 @@ class Player:
         self.make_env, self.policy, self.seed = make_env, policy, seed
         self._envs: ToolVectorEnv | None = None
 
-    def play(self, tasks: Sequence[str], samples: int, update: int) -> list[Episode]:
-        """`samples` episodes of each task, those of a task beside each other."""
-        numbers = [(task, g) for task in tasks for g in range(samples)]
+    def play(self, numbers: Sequence[tuple[str, int]], update: int) -> list[Episode]:
+        """An episode of each (task, its number among the update's episodes of this task)."""
         if not numbers:
             return []
         envs = self._sized(len(numbers))
+        bases = [env.unwrapped for env in envs.envs]
         _, info = envs.reset(
             seed=draw_seed(self.seed, update) >> 32, options={"task_id": [task for task, _ in numbers]}
         )
@@ -97,23 +98,32 @@ class Player:
         stop = shown[0].stop
         live = list(range(len(numbers)))
         while live:
+            envs.skip([i for i in range(len(numbers)) if i not in set(live)])
             for i in live:
                 episodes[i].states.append(self._state(shown[i], episodes[i], stop, numbers[i], update))
             completions = self.policy([episodes[i].states[-1] for i in live], 1)
-            done = [i for i, found in zip(live, completions, strict=True) if not found]  # no room in the context
             said = {i: found[0] for i, found in zip(live, completions, strict=True) if found}
-            for i in done:
-                episodes[i].states.pop()
+            for i in live:
+                if i not in said:  # no room in the context
+                    episodes[i].states.pop()
+                    episodes[i].outcome = _unanswered(bases[i])
             if not said:
                 break
+            envs.skip([i for i in live if i not in said])
             actions = [said[i].text if i in said else "" for i in range(len(numbers))]
             _, rewards, terminated, truncated, info = envs.step(actions)
             live = []
             for i, completion in said.items():
                 step: Step = info["step"][i]
-                episode, verdict = episodes[i], step.verdict
+                episode, verdict, kind = episodes[i], step.verdict, bases[i].reward
                 assert completion.tokens is not None
-                unknown = verdict is not None and verdict.score is None
+                over = bool(terminated[i] or truncated[i])
+                if over:
+                    ended = "outcome" in info and info["_outcome"][i]  # else by a wrapper, without an answer
+                    found = float(info["outcome"][i]) if ended else _unanswered(bases[i])
+                    episode.outcome = None if found is None or np.isnan(found) else found
+                unknown = kind != "outcome" and verdict is not None and verdict.score is None
+                unknown |= kind != "process" and over and episode.outcome is None
                 episode.ids.append(completion.tokens.action_ids)
                 episode.acts.append(
                     Act(
@@ -123,10 +133,7 @@ class Player:
                     )
                 )  # fmt: skip
                 episode.steps.append(step)
-                if terminated[i] or truncated[i]:
-                    found = float(info["outcome"][i])
-                    episode.outcome = None if np.isnan(found) else found
-                else:
+                if not over:
                     shown[i] = info["transcript"][i]
                     live.append(i)
         self.policy.free()
@@ -151,6 +158,12 @@ class Player:
         messages = tuple(replace(m, ids=next(said)) if m.role == "assistant" else m for m in transcript.messages)
         seed = draw_seed(self.seed, *number, update, len(episode.ids), "online")
         return replace(transcript, messages=messages, stop=stop, seed=seed)
+
+
+def _unanswered(base: ToolEnv) -> float | None:
+    """The outcome of an episode that ended without an answer."""
+    assert base.task is not None
+    return base.task_set.outcome(base.task, None)
 
 
 def questions(tasks: Sequence[str], updates: int, batch_size: int, seed: int) -> Iterator[list[str]]:
@@ -187,20 +200,25 @@ def learn_online(
     warn_of_rewriting(gradient.renderer)
     batches = list(questions(tasks, config.updates, config.batch_size, trainer.seed))
     try:
-        for update in trainer.updates(len(batches), algorithm, config):
+        for update in trainer.updates(len(batches), algorithm, config, tasks):
             trainer.model.eval()
-            mine = player.play(trainer.mine(batches[update]), config.samples, update)
+            batch = batches[update]
+            first = [
+                batch[:i].count(task) * config.samples for i, task in enumerate(batch)
+            ]  # few tasks: one comes up again
+            asked = [[(task, g + n) for n in range(config.samples)] for task, g in zip(batch, first, strict=True)]
+            mine = player.play([number for group in trainer.mine(asked) for number in group], update)
             acts = [act for part in trainer.gather([episode.acts for episode in mine]) for act in part]
             outcomes = trainer.gather([(episode.outcome, len(episode.acts)) for episode in mine])
             trainer.record(acts)
             metrics: dict[str, Any] = _means(outcomes, config.samples) | of_actions(acts)
             so_far = trainer.kept.get("tokens_so_far", 0) + metrics["sampled_tokens"]
             trainer.kept["tokens_so_far"] = metrics["tokens_so_far"] = so_far
+            if config.token_budget is not None:
+                trainer.spend(so_far / config.token_budget)
             metrics |= credit(mine, gradient)
             _sound(trainer, metrics)
             trainer.log(metrics)
-            if config.token_budget is not None and so_far >= config.token_budget:
-                break
     finally:
         player.close()
 

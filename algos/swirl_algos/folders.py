@@ -1,13 +1,15 @@
 """A folder knows the settings of what is made in it: going on with others stops and says which."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from swirl_env.errors import ConfigError
+from swirl_env.io import write_text
 from swirl_env.transport import without_credentials
+from swirl_env.types import Trajectory
 
 
 def claim(path: Path, config: Mapping[str, Any], flag: str) -> None:
@@ -40,10 +42,9 @@ def claim(path: Path, config: Mapping[str, Any], flag: str) -> None:
             )
     elif holds:
         raise ConfigError(f"{path.parent} is not empty and holds no {path.name}. Use another {flag}.")
-    digest = sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
+    whole = sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
     path.parent.mkdir(parents=True, exist_ok=True)
-    part.write_text(json.dumps({"config": mine, "hash": digest}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_text(path, json.dumps({"config": mine, "hash": whole}, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_claim(path: Path, flag: str = "--out") -> dict[str, Any]:
@@ -62,6 +63,16 @@ def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in data.items():
         values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return values
+
+
+def content(trajectories: Iterable[Trajectory]) -> list[Any]:
+    """Which trajectories these are, as JSON: a training goes on only with the same."""
+    return [[one.id, [step.action.text for step in one.steps]] for one in trajectories]
+
+
+def digest(data: Any) -> str:
+    """Eight hex digits of JSON values."""
+    return sha256(json.dumps(data).encode()).hexdigest()[:8]
 
 
 def complete(model: Path) -> bool:

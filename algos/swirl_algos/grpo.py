@@ -39,16 +39,15 @@ def train(trainer: Trainer, make_env: Callable[[], gym.Env], tasks: Sequence[str
     def credit(episodes: list[Episode], gradient: PolicyGradient) -> dict:
         trees = [episode.tree(gradient.renderer) for episode in episodes]
         penalty = iter(gradient.penalty(trees))
-        outcomes = [np.nan if episode.outcome is None else episode.outcome for episode in episodes]
-        rewards = np.array([
-            outcome - sum(next(penalty) for _ in episode.acts)
-            for outcome, episode in zip(outcomes, episodes, strict=True)
-        ])  # fmt: skip
-        groups = [rewards[g : g + config.samples] for g in range(0, len(rewards), config.samples)]
-        values = [value for group in groups for value in advantages(group, config.baseline, config.normalise)]
+        outcomes = np.array([np.nan if episode.outcome is None else episode.outcome for episode in episodes])
+        costs = np.array([sum(next(penalty) for _ in episode.acts) for episode in episodes])
+        groups = [slice(g, g + config.samples) for g in range(0, len(episodes), config.samples)]
+        values = [
+            value for group in groups for value in advantages(outcomes[group], config.baseline, config.normalise, costs[group])
+        ]  # fmt: skip
         actions = [len(episode.acts) for episode in episodes]
         return gradient.update(
-            trees, np.repeat(values, actions) if episodes else np.zeros(0), units=len(episodes),
+            trees, np.repeat(values, actions) if episodes else np.zeros(0), units=int(np.count_nonzero(~np.isnan(outcomes))),
             lengths_M=np.repeat([episode.tokens for episode in episodes], actions),
         )  # fmt: skip
 

@@ -6,30 +6,28 @@ RUN/training/NAME: its settings, `metrics.jsonl`, `candidates.jsonl`, checkpoint
 stop.
 """
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import gymnasium as gym
 import tyro
+from swirl_agents.judges import open_judge
 from swirl_agents.scripted import SCRIPTED
 from tyro.conf import Positional
 
 from swirl_algos import stages
 from swirl_algos.configs import GrpoConfig, ReinforceConfig, SftConfig, SwirlConfig, TrainerConfig
 from swirl_algos.filters import FILTERS, Kept, keep
-from swirl_algos.folders import claim, complete, read_claim
+from swirl_algos.folders import claim, complete, content, digest, read_claim
 from swirl_env.client import PREFIX
 from swirl_env.env import ToolEnv
 from swirl_env.errors import ConfigError, SwirlError, UnknownNameError, near
 from swirl_env.io import read
-from swirl_env.judges import make_judge
 from swirl_env.types import Judge, Trajectory
 
 CONFIGS = {"swirl": SwirlConfig, "reinforce": ReinforceConfig, "grpo": GrpoConfig, "sft": SftConfig}
@@ -58,7 +56,7 @@ class Launch:
 
 
 def main(
-    algorithm: str, arguments: Sequence[str] | None = None, open_judge: Callable[[str], Judge] = make_judge,
+    algorithm: str, arguments: Sequence[str] | None = None, open_judge: Callable[[str], Judge] = open_judge,
     program: str | None = None,
 ) -> None:  # fmt: skip
     """Read the command line and train; errors are sentences on standard error, exit code 2.
@@ -92,7 +90,7 @@ def main(
         sys.exit(2)
 
 
-def train(algorithm: str, launch: Launch, config: Any, open_judge: Callable[[str], Judge] = make_judge) -> Path:
+def train(algorithm: str, launch: Launch, config: Any, open_judge: Callable[[str], Judge] = open_judge) -> Path:
     """Train, or go on training; returns the model folder, which may be there already.
 
     Raises:
@@ -107,16 +105,19 @@ def train(algorithm: str, launch: Launch, config: Any, open_judge: Callable[[str
     target, place = folder / name, folder / "training" / name
     recorded = read_claim(folder / "run.json") if (folder / "run.json").exists() else {}
     trajectories = chosen(launch, folder)
-    settings = {"algorithm": algorithm, **asdict(launch), "run": launch.run.name, **asdict(config)}
-    settings["trajectories"] = _digest(trajectories)
+    start = launch.model or _start(folder, recorded, trajectories)
+    judge_name = None if algorithm == "sft" else launch.judge or recorded.get("judge") or "rules"
+    settings = {"algorithm": algorithm, **asdict(launch), "run": launch.run.name, **asdict(config)} | {
+        "model": os.path.relpath(start, folder) if Path(start).exists() else start, "judge": judge_name,
+        "trajectories": f"{len(trajectories)} ({digest(content(trajectories))})",
+    }  # fmt: skip
     first = _first_process()
     if first:
         claim(place / "training.json", settings, "--name")
     if complete(target):
         _say(f"{target} is complete.", first)
         return target
-    start = launch.model or _start(folder, recorded, trajectories)
-    judge = None if algorithm == "sft" else _judge(launch, recorded, trajectories, open_judge)
+    judge = None if judge_name is None else _judge(judge_name, launch.judge is not None, trajectories, open_judge)
     if algorithm == "swirl":
         assert judge is not None
         _rounds(launch, config, trajectories, judge, start, place, target)
@@ -163,12 +164,6 @@ def chosen(launch: Launch, folder: Path) -> list[Trajectory]:
     return found
 
 
-def _digest(trajectories: list[Trajectory]) -> str:
-    """Which they are: training goes on only with the same."""
-    said = [[one.id, [step.action.text for step in one.steps]] for one in trajectories]
-    return f"{len(said)} ({sha256(json.dumps(said).encode()).hexdigest()[:8]})"
-
-
 def none_left(filter: str, result: Kept, source: Path) -> str:
     """What to say where a filter keeps nothing."""
     return (
@@ -202,6 +197,13 @@ def env_of(trajectory: Trajectory, judge: Judge | None, reward: str) -> Callable
         env = gym.make(record.id, disable_env_checker=True, **kwargs)
         base = env.unwrapped
         assert isinstance(base, ToolEnv)
+        names = [{one["function"]["name"] for one in tools} for tools in (record.tools, base.record.tools)]
+        if names[0] != names[1]:
+            raise ConfigError(
+                f"The trajectories were recorded with the tools {', '.join(sorted(names[0])) or 'none'}, and {record.id} as it is made from "
+                f"its recorded arguments has {', '.join(sorted(names[1])) or 'none'}: a wrapper changed them. Name the tools in the environment's "
+                "arguments, as in tools=['search', 'mine:population'], or call the algorithm's train() with your own make_env."
+            )
         base.set_judge(judge)
         base.reward = reward
         return env
@@ -216,40 +218,46 @@ def _rounds(
     from swirl_algos import swirl
 
     name = launch.name or "swirl"
-    first = trajectories[0]
+    grammar = env_of(trajectories[0], None, "outcome")().unwrapped.grammar  # type: ignore[attr-defined]
     for round in range(config.rounds):
         last = round == config.rounds - 1
         here = target if last else place / f"round-{round}" / "model"
         if not complete(here):
             with _Progress(name if config.rounds == 1 else f"{name}, round {round}") as log:
                 trainer = _trainer(start, launch, place if config.rounds == 1 else place / f"round-{round}", log)
+                states = trajectories
                 if round:
-                    trajectories = _again(trainer, launch, config, trajectories, judge, round, place / f"round-{round}")
-                grammar = env_of(first, None, "outcome")().unwrapped.grammar  # type: ignore[attr-defined]
-                swirl.train(trainer, trajectories, judge, grammar, config)
+                    states = _again(trainer, launch, config, trajectories, judge, round, place / f"round-{round}")
+                swirl.train(trainer, states, judge, grammar, config)
                 trainer.save_model(here)
         start = str(here)
     _say(f"{target} is the trained model; {place} says how it went.", _first_process())
 
 
 def _again(
-    trainer: Any, launch: Launch, config: SwirlConfig, before: list[Trajectory], judge: Judge, round: int, place: Path
+    trainer: Any, launch: Launch, config: SwirlConfig, recorded: list[Trajectory], judge: Judge, round: int, place: Path
 ) -> list[Trajectory]:
-    """New trajectories of the same questions by the current policy, judged and filtered; each process makes its share."""
-    tasks = list(dict.fromkeys(one.task.id for one in before))
-    samples = 1 + max(one.sample for one in before)
+    """New trajectories of the recorded ones' questions by the current policy, judged and filtered; each process makes its share.
+    What was kept once stays: a judge that could tell more later would change what is trained on."""
+    if found := list(read(place / "kept.jsonl", Trajectory)):
+        return found
+    tasks = list(dict.fromkeys(one.task.id for one in recorded))
+    samples = 1 + max(one.sample for one in recorded)
     part = f"-{trainer.rank}" if trainer.world > 1 else ""
     policy = trainer.policy(config.temperature, config.max_new_tokens)
     acted = stages.generate(
-        env_of(before[0], None, "outcome"), policy, trainer.mine(tasks), place / f"trajectories{part}.jsonl", samples=samples,
+        env_of(recorded[0], None, "outcome"), policy, trainer.mine(tasks), place / f"trajectories{part}.jsonl", samples=samples,
         seed=launch.seed, round=round, name=f"generate, round {round}",
     )  # fmt: skip
     policy.free()
     judged = trainer.gather(stages.judge(acted, judge, place / f"judged{part}.jsonl"))
+    judged.sort(key=lambda one: one.key)  # in the same order, however many processes acted
     kept = keep(launch.filter or "process", judged)
     if not kept.kept:
         said = none_left(launch.filter or "process", kept, place)
         raise ConfigError(f"Round {round}: {said} The model of the round before is in {place.parent}.")
+    if trainer.main:
+        stages.rewrite(place / "kept.jsonl", kept.kept)
     return kept.kept
 
 
@@ -262,14 +270,11 @@ def _trainer(start: str, launch: Launch, place: Path, log: Callable[[dict], None
     return Trainer(model, tokenizer, launch.trainer, folder=place, seed=launch.seed, log=log)
 
 
-def _judge(
-    launch: Launch, recorded: dict[str, Any], trajectories: list[Trajectory], open_judge: Callable[[str], Judge]
-) -> Judge:  # fmt: skip
-    """The judge named, else that of the run, which then must be the one whose verdicts the trajectories have."""
-    name = launch.judge or recorded.get("judge") or "rules"
+def _judge(name: str, named: bool, trajectories: list[Trajectory], open_judge: Callable[[str], Judge]) -> Judge:
+    """The judge; where nobody named it, it must be the one whose verdicts the trajectories have."""
     judge = open_judge(name)
     before = {step.verdict.judge for one in trajectories for step in one.steps if step.verdict is not None}
-    if launch.judge is None and before - {judge.name}:
+    if not named and before - {judge.name}:
         raise ConfigError(
             f"The trajectories were judged by {', '.join(sorted(before))}, and {name} would score the actions now ({judge.name}). Say "
             f"who shall with --judge: the name that swirl judge was given, or {name}."
@@ -297,6 +302,7 @@ def _check(launch: Launch, config: Any) -> None:
     if launch.limit is not None and launch.limit < 1:
         raise ConfigError(f"limit must be at least 1, got {launch.limit}.")
     check_config(config)
+    check_config(launch.trainer, "trainer.")
 
 
 def check_config(config: Any, prefix: str = "") -> None:
@@ -304,18 +310,33 @@ def check_config(config: Any, prefix: str = "") -> None:
     least = {
         "epochs": 1,
         "batch_size": 1,
-        "samples": 2,
+        "samples": 1 if isinstance(config, ReinforceConfig) else 2,
+        "token_budget": 1,
         "max_new_tokens": 1,
         "rounds": 1,
         "updates": 1,
         "passes": 1,
         "row_tokens": 2,
     }
+    values = asdict(config)
     for name, minimum in least.items():
-        if getattr(config, name, minimum) < minimum:
-            raise ConfigError(f"{prefix}{name} must be at least {minimum}, got {getattr(config, name)}.")
-    if not getattr(config, "temperature", 1) > 0:
-        raise ConfigError(f"{prefix}temperature must be above 0 to sample different actions, got {config.temperature}.")
+        if values.get(name) is not None and values[name] < minimum:
+            raise ConfigError(f"{prefix}{name} must be at least {minimum}, got {values[name]}.")
+    for name in ("learning_rate", "temperature", "clip", "kl_target", "max_grad_norm"):
+        if values.get(name) is not None and not values[name] > 0:
+            raise ConfigError(f"{prefix}{name} must be above 0, got {values[name]}.")
+    for name in ("beta", "entropy", "weight_decay"):
+        if not values.get(name, 0) >= 0:
+            raise ConfigError(f"{prefix}{name} must not be below 0, got {values[name]}.")
+    for name in ("discount", "warmup"):
+        if not 0 <= values.get(name, 0) <= 1:
+            raise ConfigError(f"{prefix}{name} must lie in [0, 1], got {values[name]}.")
+    if values.get("kl_target") is not None and not values["beta"]:
+        raise ConfigError(f"{prefix}kl_target adapts beta, which is 0 here: give a beta to begin with, such as 0.02.")
+    if values.get("samples") == 1 and values["batch_size"] == 1:
+        raise ConfigError(
+            f"{prefix}samples and {prefix}batch_size are both 1: an action needs another to be compared with."
+        )
 
 
 def _first_process() -> bool:

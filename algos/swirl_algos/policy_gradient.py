@@ -7,8 +7,9 @@ where states and actions come from and what the advantage of each is, stays in t
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ from swirl_algos import tree
 from swirl_algos.configs import PolicyConfig
 from swirl_algos.losses import adapted, kl_loss, policy_loss, token_weights
 from swirl_algos.trainer import Trainer
+
+SIGNAL = 1e-6
+"""Advantages within this are 0 but for rounding."""
 
 
 class PolicyGradient:
@@ -42,8 +46,9 @@ class PolicyGradient:
         """Weight of the KL term; it moves where there is a target."""
         return self.trainer.kept.get("beta", self.config.beta)
 
-    def packs(self, trees: Sequence[tree.Tree]) -> list[tree.Pack]:
-        return list(self.lay_out(trees, self.config.row_tokens, self.trainer.model.device))
+    def packs(self, trees: Sequence[tree.Tree]) -> Iterator[tree.Pack]:
+        """The rows, one at a time: laid out anew at each pass, so that the masks of one are held and not those of all."""
+        return self.lay_out(trees, self.config.row_tokens, self.trainer.model.device)
 
     def penalty(self, trees: Sequence[tree.Tree]) -> np.ndarray:
         """float[M]: beta times k1, sum_t log pi - log pi_ref, of each action; to be taken off its reward where `kl = "reward"`."""
@@ -72,8 +77,8 @@ class PolicyGradient:
 
         Returns:
             of all processes: `scored` (actions), `over_budget` (those longer with their state than `row_tokens`, left out), `tokens` (of
-            scored actions), `row_tokens` (that the model ran over); and if there was a gradient `loss`, `kl` and `entropy` (nats a token),
-            `ratio` (mean |pi / pi_old - 1|) and `clipped` (share of tokens) where there are several passes, `gradient_norm`,
+            scored actions), `row_tokens` (that the model ran over in all passes); and if there was a gradient `loss`, `kl` and `entropy` (nats a token),
+            `ratio` (mean |pi / pi_old - 1|) and `clipped` (share of tokens without gradient) where there are several passes, `gradient_norm`,
             `learning_rate`, `beta`.
         """
         config, trainer = self.config, self.trainer
@@ -84,7 +89,7 @@ class PolicyGradient:
         self._warn(len(over))
         counts = trainer.total({
             "scored": len(scored), "over_budget": len(over), "tokens": sum(len(actions[g]) for g in scored),
-            "signal": int(np.count_nonzero(advantages_M[scored])), "units": len(scored) if units is None else units,
+            "signal": int(np.count_nonzero(np.abs(advantages_M[scored]) > SIGNAL)), "units": len(scored) if units is None else units,
         })  # fmt: skip
         metrics: dict[str, Any] = {name: int(counts[name]) for name in ("scored", "over_budget", "tokens")}
         trainer.check_signal(int(counts["signal"]))
@@ -96,10 +101,12 @@ class PolicyGradient:
         known_M[scored] = True
         weigh = partial(torch.tensor, dtype=torch.float32, device=model.device)
         weights, advantages = weigh(np.where(known_M, weights_M, 0)), weigh(np.where(known_M, advantages_M, 0))
-        packs = self.packs([_only(states, known) for states, known in _by_tree(trees, known_M)])
-        with trainer.autocast():
-            old = [tree.logprobs(model, pack, config.temperature) if config.passes > 1 else None for pack in packs]
-        beta, where = self.beta, [np.flatnonzero(known_M)[pack.action_N.cpu()] for pack in packs]
+        kept = [_only(states, known) for states, known in _by_tree(trees, known_M)]
+        beta, numbers, row_tokens = self.beta, np.flatnonzero(known_M), 0
+        old: Iterable[torch.Tensor | None] = repeat(None)
+        if config.passes > 1:
+            with trainer.autocast():
+                old = [tree.logprobs(model, pack, config.temperature) for pack in self.packs(kept)]
         for _ in range(config.passes):
             # of tokens: KL, entropy, |ratio - 1|, clipped; and the loss
             sums = torch.zeros(5, dtype=torch.float64)
@@ -117,26 +124,29 @@ class PolicyGradient:
                 value = (weights[action_n] * value_n).sum()
                 shown_n = terms.logprobs_n - terms.reference_n if config.kl == "reward" else kl_n
                 away_n = torch.zeros_like(shown_n) if old_n is None else (terms.logprobs_n - old_n).exp() - 1
+                cut_n = away_n * advantages[action_n].sign() > config.clip  # else the least of both is the ratio itself
                 parts = (
                     shown_n.sum(),
                     terms.entropy_n.sum(),
                     away_n.abs().sum(),
-                    (away_n.abs() > config.clip).sum(),
+                    cut_n.sum(),
                     value,
                 )
                 sums.add_(torch.stack([part.detach().double().cpu() for part in parts]))  # noqa: B023
                 return value
 
-            with trainer.autocast():
-                for pack, old_N, numbers in zip(packs, old, where, strict=True):
-                    closure = partial(loss, old_N=old_N, action_N=torch.tensor(numbers, device=model.device))
+            with trainer.autocast(), trainer.checkpointing():
+                for pack, old_N in zip(self.packs(kept), old, strict=False):
+                    row_tokens += pack.tokens
+                    action_N = torch.tensor(numbers[pack.action_N.cpu()], device=model.device)
+                    closure = partial(loss, old_N=old_N, action_N=action_N)
                     tree.backward(
                         model, self.reference, pack, closure, config.temperature, exact=kl == "exact", entropy=config.entropy > 0
                     )  # fmt: skip
             stepped = trainer.step(float(sums[4]))
         kl_sum, entropy, away, clipped, _ = sums.tolist()
         seen = trainer.total({
-            "kl": kl_sum, "entropy": entropy, "ratio": away, "clipped": clipped, "row_tokens": sum(pack.tokens for pack in packs),
+            "kl": kl_sum, "entropy": entropy, "ratio": away, "clipped": clipped, "row_tokens": row_tokens,
         })  # fmt: skip
         metrics |= stepped | {"row_tokens": int(seen.pop("row_tokens"))}
         shown = {name: value / metrics["tokens"] for name, value in seen.items()}

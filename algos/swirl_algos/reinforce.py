@@ -39,18 +39,20 @@ def train(trainer: Trainer, make_env: Callable[[], gym.Env], tasks: Sequence[str
         trees = [episode.tree(gradient.renderer) for episode in episodes]
         penalty = iter(gradient.penalty(trees))
         mine = [
-            (i, value)
+            (i, value, cost)
             for episode in episodes
-            for i, value in enumerate(
-                returns(episode.rewards - [next(penalty) for _ in episode.acts], config.discount)
-            )
+            for i, (value, cost) in enumerate(zip(
+                returns(episode.rewards, config.discount),
+                returns(np.array([next(penalty) for _ in episode.acts]), config.discount), strict=True,
+            ))
         ]  # fmt: skip
         everyone = trainer.gather([[(trainer.rank, place, *one) for place, one in enumerate(mine)]])
         flat = [one for part in everyone for one in part]
         found = np.full(len(mine), np.nan)
-        for step in {i for *_, i, _ in flat}:
+        for step in {one[2] for one in flat}:
             here = [one for one in flat if one[2] == step]
-            values = advantages(np.array([one[3] for one in here]), config.baseline, config.normalise)
+            scores, costs = (np.array([one[part] for one in here]) for part in (3, 4))
+            values = advantages(scores, config.baseline, config.normalise, costs)
             for (rank, place, *_), value in zip(here, values, strict=True):
                 if rank == trainer.rank:
                     found[place] = value

@@ -14,6 +14,7 @@ from swirl_agents.rendering import Encoded, Renderer
 
 from swirl_algos import tree
 from swirl_algos.configs import SftConfig
+from swirl_algos.folders import content
 from swirl_algos.policy_gradient import layout_for
 from swirl_algos.trainer import Trainer, TrainingError, shuffled_batches
 from swirl_algos.tree import State
@@ -62,7 +63,7 @@ def train(trainer: Trainer, trajectories: Sequence[Trajectory], config: SftConfi
         )
     lay_out = layout_for(model)
     batches = shuffled_batches(fitting, config.epochs, config.batch_size, trainer.seed)
-    for update in trainer.updates(len(batches), "sft", config):
+    for update in trainer.updates(len(batches), "sft", config, content(trajectories)):
         model.train()
         trees = [[State(one.ids[:a], [one.ids[a:b]]) for a, b in one.spans] for one in trainer.mine(batches[update])]
         targets = sum(len(state.actions[0]) for states in trees for state in states)

@@ -26,6 +26,7 @@ from swirl_algos import tree
 from swirl_algos.advantages import advantages
 from swirl_algos.configs import SwirlConfig
 from swirl_algos.diagnostics import flat, of_actions, repeats, warn_of_rewriting
+from swirl_algos.folders import content
 from swirl_algos.policy_gradient import PolicyGradient
 from swirl_algos.trainer import Trainer, TrainingError, shuffled_batches
 from swirl_env.grammar import Grammar
@@ -92,7 +93,7 @@ def train(
     policy = trainer.policy(config.temperature, config.max_new_tokens)
     warn_of_rewriting(policy.renderer)
     batches = shuffled_batches(usable, config.epochs, config.batch_size, trainer.seed)
-    for update in trainer.updates(len(batches), "swirl", config):
+    for update in trainer.updates(len(batches), "swirl", config, content(usable)):
         batch = trainer.mine(batches[update])
         trainer.model.eval()  # also for the gradient: dropout would take that of another policy
         sampled = list(sample_candidates(policy, batch, judge, grammar, config, trainer.seed, update))
@@ -105,7 +106,7 @@ def train(
         trainer.record(drawn)
         metrics = {
             "states": len(everyone), "too_long": sum(not group for group in everyone),
-            "flat_states": flat([one.score for one in group] for group in everyone), **of_actions(drawn),
+            "flat_states": flat([one.score for one in group] for group in everyone if group), **of_actions(drawn),
         }  # fmt: skip
         values = [one.advantage for group in groups for one in group]
         metrics |= gradient.update(trees, np.array([np.nan if value is None else value for value in values]))
@@ -151,18 +152,21 @@ def sample_candidates(
 def branches(renderer: Renderer, batch: Sequence[Trajectory], sampled: Sequence[Sampled]) -> list[list[tree.State]]:
     """The states of each trajectory with the actions drawn there."""
     trees: list[list[tree.State]] = [[] for _ in batch]
+    states = [trajectory.states() for trajectory in batch]
     for i, actions, drawn in sampled:
         if drawn:
-            context = renderer.encode(batch[i].states()[drawn[0].state]).ids
+            context = renderer.encode(states[i][drawn[0].state]).ids
             trees[i].append(tree.State(context, actions))
     return trees
 
 
 def _with_advantages(drawn: list[Candidate], penalty: Iterator[float], config: SwirlConfig) -> list[Candidate]:
     """A state's candidates with their advantages; unknown stays `None`."""
-    scores = [one.verdict.score for one in drawn]
-    rewards = np.array([(np.nan if score is None else score) - next(penalty) for score in scores])
-    known = advantages(rewards, config.baseline, config.normalise) if drawn else rewards
+    if not drawn:
+        return []
+    scores = np.array([np.nan if one.score is None else one.score for one in drawn])
+    costs = np.array([next(penalty) for _ in drawn])
+    known = advantages(scores, config.baseline, config.normalise, costs)
     return [
         replace(one, advantage=None if np.isnan(value) else float(value))
         for one, value in zip(drawn, known, strict=True)

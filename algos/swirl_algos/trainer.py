@@ -20,6 +20,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from importlib.util import find_spec
@@ -29,14 +30,17 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from swirl_agents.local import LocalPolicy
+from swirl_agents.rollout import draw_seed
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from swirl_algos import checkpoints
 from swirl_algos.checkpoints import TrainingError
 from swirl_algos.configs import TrainerConfig
+from swirl_algos.folders import digest, flat
 from swirl_env.errors import ConfigError
-from swirl_env.io import Writer
+from swirl_env.io import Writer, write_text
 
 Item = TypeVar("Item")
 FLAT_UPDATES = 20
@@ -83,6 +87,19 @@ class Trainer:
         self.main = self.accelerator.is_main_process
         self.model = _with_adapters(model.to(self.accelerator.device), config, seed)
         self._fresh = _fresh_adapter(self.model)
+        if self.accelerator.distributed_type not in (
+            DistributedType.NO,
+            DistributedType.MULTI_CPU,
+            DistributedType.MULTI_GPU,
+        ):
+            raise ConfigError(
+                f"accelerate launch asks for {self.accelerator.distributed_type.value}, which this trainer does not do: each process holds "
+                "the whole model. Use --multi_gpu or --cpu, and --trainer.lora-rank or --trainer.gradient-checkpointing where memory is short."
+            )
+        if self.accelerator.mixed_precision not in ("no", "bf16"):
+            raise ConfigError(
+                f"accelerate launch asks for {self.accelerator.mixed_precision}, in which small gradients vanish. Use bf16 or no."
+            )
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             self.model.enable_input_require_grads()
@@ -122,6 +139,18 @@ class Trainer:
         """The precision of the model's passes."""
         return self.accelerator.autocast()
 
+    @contextmanager
+    def checkpointing(self) -> Iterator[None]:
+        """Layers compute their activations again, if that is configured, while all else of the model is in eval mode."""
+        layers = [one for one in self.model.modules() if isinstance(one, GradientCheckpointingLayer)]
+        for layer in layers:
+            layer.training = self.config.gradient_checkpointing
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
+
     def gather(self, items: Sequence[Item]) -> list[Item]:
         """The items of all processes, in the order of the processes."""
         return list(items) if self.world == 1 else gather_object(list(items))
@@ -134,13 +163,14 @@ class Trainer:
 
     # -- updates
 
-    def updates(self, count: int, algorithm: str, config: Any) -> Iterator[int]:
+    def updates(self, count: int, algorithm: str, config: Any, data: Any) -> Iterator[int]:
         """The numbers of the updates that are still to be made.
 
         Args:
             count: updates in all.
             algorithm: its name.
             config: its settings, a dataclass with `learning_rate` (at its peak).
+            data: what is trained on, as JSON; training goes on only with the same.
 
         Raises:
             TrainingError: the checkpoint in the folder is of another model or run.
@@ -154,18 +184,25 @@ class Trainer:
             "model": checkpoints.fingerprint(self.model),
             "updates": count,
             "seed": self.seed,
+            "data": digest(data),
         }
+        facts |= {name: value for name, value in asdict(self.config).items() if name not in ("save_every", "tracker")}
         facts |= asdict(config)
         self.count, self._moved = count, True
-        torch.manual_seed(self.seed + self.rank)  # for dropout; all else has draws of its own
         first = self._resume(facts)
         self._began = time.monotonic()
         try:
             for update in range(first, count):
-                factor = _factor(self.config.schedule, update, count, max(1, round(self.config.warmup * count)))
+                spent = self.kept.get("spent", 0.0)
+                if spent >= 1:
+                    break
+                warmup = max(1, round(self.config.warmup * count))
+                factor = _factor(self.config.schedule, max(update, spent * count), count, warmup)
                 for group in self.optimizer.param_groups:
                     group["lr"] = config.learning_rate * factor
                 self.update = update
+                # for dropout; all else has draws of its own. From the position, so that no generator's state need be kept
+                torch.manual_seed(draw_seed(self.seed, update, self.rank))
                 yield update
                 every = self.config.save_every
                 if self.folder and every and (update + 1) % every == 0 and update + 1 < count:
@@ -175,6 +212,10 @@ class Trainer:
             for writer in self._writers.values():
                 writer.close()
             self._writers = {}
+
+    def spend(self, share: float) -> None:
+        """So much of a budget is used up with this update; at 1 it is the last one."""
+        self.kept["spent"] = share
 
     def step(self, loss: float) -> dict[str, float]:
         """Apply the gradient that was accumulated in all processes.
@@ -199,8 +240,8 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.optimizer.zero_grad(set_to_none=True)
             raise TrainingError(
-                f"The loss is {loss} and the gradient norm {norm} at update {self.update}: not finite. Lower the learning rate; "
-                "the last checkpoint is intact."
+                f"The loss is {loss} and the gradient norm {norm} at update {self.update}: not finite. The last checkpoint is intact. "
+                "Begin anew under another name with a lower learning rate."
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -213,7 +254,8 @@ class Trainer:
     def check_signal(self, advantages: int) -> None:
         """Stop where there is nothing to learn from: `advantages` of this update (of all processes) are not 0."""
         self._flat = self._flat and not advantages
-        if self._flat and self.update + 1 in (FLAT_UPDATES, self.count):
+        last = self.update + 1 == self.count or self.kept.get("spent", 0.0) >= 1
+        if self._flat and (last or self.update + 1 == FLAT_UPDATES):
             raise TrainingError(
                 f"All advantages of the first {self.update + 1} updates are 0 or unknown, so there was nothing to learn: the actions "
                 "sampled at each state all scored the same. Use a judge that tells them apart, a higher temperature, or a warm start "
@@ -234,7 +276,9 @@ class Trainer:
     def save_model(self, folder: Path) -> None:
         """Write the model (or its adapter) whole or not at all; checkpoints are no longer needed then."""
         if self.main:
-            checkpoints.write_folder(folder, lambda part: checkpoints.save_model(self.model, self.tokenizer, part))
+            checkpoints.write_folder(
+                folder, lambda part: checkpoints.save_model(_portable(self.model), self.tokenizer, part)
+            )
             if self.folder:
                 shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -261,12 +305,14 @@ class Trainer:
     def _resume(self, facts: Mapping[str, Any]) -> int:
         if self.folder is None:
             return 0
-        self.accelerator.init_trackers("swirl", config={"seed": self.seed})
         found = checkpoints.latest(self.folder / "checkpoints")
         first = 0
         if found is not None:
             state = checkpoints.load(found, self.model, self.optimizer, json.loads(json.dumps(facts)))
             first, self.kept, self._flat = state["update"], state["kept"], state["flat"]
+        shown = {name: value for name, value in flat(facts).items() if isinstance(value, (int, float, str, bool))}
+        # what TensorBoard has of later updates is not shown again
+        self.accelerator.init_trackers("swirl", shown, {"tensorboard": {"purge_step": first}})
         self.accelerator.wait_for_everyone()
         if self.main:
             for name in ("metrics.jsonl", "candidates.jsonl"):
@@ -284,15 +330,13 @@ def cut(path: Path, update: int) -> None:
         for line in lines:
             if line.endswith("\n") and json.loads(line)["update"] < update:
                 kept.append(line)
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(kept), encoding="utf-8")
-    part.replace(path)
+    write_text(path, "".join(kept))
 
 
-def _factor(schedule: str, update: int, count: int, warmup: int) -> float:
-    """Share of the peak learning rate."""
+def _factor(schedule: str, update: float, count: int, warmup: int) -> float:
+    """Share of the peak learning rate, after so many of `count` updates."""
     if update < warmup:
-        return (update + 1) / warmup
+        return min(1.0, (update + 1) / warmup)
     left = (count - update) / max(1, count - warmup)
     return {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}[schedule]
 
@@ -326,6 +370,13 @@ def _with_adapters(model, config: TrainerConfig, seed: int):
                 r=config.lora_rank, lora_alpha=config.lora_alpha or 2 * config.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
             ),
         )  # fmt: skip
+
+
+def _portable(model):
+    """What is saved of a trained model: an adapter alone only where it fits on a model that others can load, else all of it merged."""
+    if hasattr(model, "peft_config") and (Path(model.get_base_model().name_or_path) / "adapter_config.json").exists():
+        return copy.deepcopy(model).merge_and_unload()
+    return model
 
 
 def _fresh_adapter(model) -> bool:

@@ -146,8 +146,9 @@ def judges(
         limit: samples of each set; none: all.
         json: file for the figures.
     """
+    from swirl_agents.judges import open_judge
+
     from swirl_benchmarks import judges as suite
-    from swirl_benchmarks.judging import open_judge
 
     evaluate.check_target(json)
     report = suite.bench_judges({name: open_judge(name) for name in judge}, limit)

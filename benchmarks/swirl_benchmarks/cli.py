@@ -74,10 +74,10 @@ def eval_(
     """
     import tempfile
 
+    from swirl_agents.judges import open_judge
     from swirl_algos import stages
 
     from swirl_benchmarks import evaluate
-    from swirl_benchmarks.judging import open_judge
     from swirl_env.transport import without_credentials
 
     if (tasks is not None and tasks < 1) or samples < 1 or seed < 0:
@@ -134,8 +134,10 @@ def judge(
         unknown_limit: share of unknown verdicts above which judging stops.
         json: file for the figures.
     """
+    from swirl_agents.judges import open_judge
+
     from swirl_benchmarks import evaluate
-    from swirl_benchmarks.judging import open_judge, print_judges, rejudge
+    from swirl_benchmarks.judging import print_judges, rejudge
 
     if not 1 <= len(judge) <= 2:
         raise ConfigError(f"Give --judge once or twice, such as --judge rules; got {len(judge)}.")

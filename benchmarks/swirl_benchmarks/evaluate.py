@@ -17,6 +17,7 @@ from swirl_benchmarks.metrics import Estimate, summary
 from swirl_env.client import PREFIX, make_endpoint
 from swirl_env.env import ToolEnv
 from swirl_env.errors import ConfigError, SwirlError, UnknownNameError, near
+from swirl_env.io import write_text
 from swirl_env.registration import ENVS
 from swirl_env.transport import without_credentials
 from swirl_env.types import Policy, Trajectory
@@ -141,7 +142,4 @@ def write_json(path: str | Path, data: Any) -> None:
     """Write JSON whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    text = without_credentials(json.dumps(data, indent=1, ensure_ascii=False))
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(path)
+    write_text(path, without_credentials(json.dumps(data, indent=1, ensure_ascii=False)) + "\n")

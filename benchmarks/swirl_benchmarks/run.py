@@ -16,20 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from swirl_agents.judges import open_judge
 from swirl_algos import stages
 from swirl_algos.configs import SftConfig, SwirlConfig, TrainerConfig
 from swirl_algos.diagnostics import alarm
-from swirl_algos.filters import FILTERS
+from swirl_algos.filters import FILTERS, keep
 from swirl_algos.folders import claim, complete
 from swirl_algos.launch import WARM_START, Launch, check_config, none_left
 from swirl_algos.launch import train as learn
 from tyro.conf import Positional
 
 from swirl_benchmarks import evaluate
-from swirl_benchmarks.judging import open_judge
 from swirl_benchmarks.metrics import paired_difference, process_score
 from swirl_env.env import ToolEnv
 from swirl_env.errors import ConfigError, UnknownNameError, near
+from swirl_env.io import read
 from swirl_env.judges.cache import Cached
 from swirl_env.types import Trajectory
 
@@ -140,14 +141,17 @@ def run(config: RunConfig, folder: Path, console: Console, command: str = "") ->
             model.save(folder / WARM_START)
     model.use(folder / WARM_START)
     measure("warm_start")
-    sampled = stages.generate(
-        train, model.policy("warm_start", config.temperature), practised, folder / "trajectories.jsonl", samples=config.samples,
-        seed=config.seed, batch_size=config.batch_size,
-    )  # fmt: skip
-    judged = stages.judge(sampled, judge, folder / "judged.jsonl", config.unknown_limit)
-    kept = stages.filter_by(config.filter, judged, folder / "kept.jsonl")
+    if (folder / "training" / "swirl").exists():  # what is trained on stays, though its judge might tell more now
+        kept = keep(config.filter, read(folder / "judged.jsonl", Trajectory))
+    else:
+        sampled = stages.generate(
+            train, model.policy("warm_start", config.temperature), practised, folder / "trajectories.jsonl", samples=config.samples,
+            seed=config.seed, batch_size=config.batch_size,
+        )  # fmt: skip
+        judged = stages.judge(sampled, judge, folder / "judged.jsonl", config.unknown_limit)
+        kept = stages.filter_by(config.filter, judged, folder / "kept.jsonl")
     console.print(
-        f"stage 1: {len(judged)} trajectories, {len(kept.kept)} kept by the {config.filter} filter, {kept.dropped} dropped, "
+        f"stage 1: {len(kept.kept) + kept.dropped + kept.unknown} trajectories, {len(kept.kept)} kept by the {config.filter} filter, {kept.dropped} dropped, "
         f"{kept.unknown} unknown"
     )
     if not kept.kept:
@@ -228,6 +232,7 @@ def _check(config: RunConfig) -> None:
             raise ConfigError(f"{name} must be at least {minimum}, got {getattr(config, name)}.")
     check_config(config.sft, "sft.")
     check_config(config.swirl, "swirl.")
+    check_config(config.trainer, "trainer.")
     if not 0 <= config.unknown_limit <= 1:
         raise ConfigError(f"unknown_limit must lie in [0, 1], got {config.unknown_limit}.")
     if config.filter not in FILTERS:

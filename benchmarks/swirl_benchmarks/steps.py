@@ -127,11 +127,9 @@ def train_with(arguments: list[str]) -> None:
         tyro.cli(train, prog="swirl train", args=arguments)  # shows help, or says that --algo is missing
     from swirl_algos import launch
 
-    from swirl_benchmarks.judging import open_judge
-
     if found.algo not in launch.CONFIGS:
         raise UnknownNameError(f"No algorithm is called {found.algo!r}.{near(found.algo, launch.CONFIGS)}")
-    launch.main(found.algo, rest, open_judge, f"swirl train RUN --algo {found.algo}")
+    launch.main(found.algo, rest, program=f"swirl train RUN --algo {found.algo}")
 
 
 def export_model(model: Annotated[str, tyro.conf.Positional], out: Annotated[Path, tyro.conf.Positional], /) -> None:

@@ -43,6 +43,15 @@ def test_leave_one_out_properties(scores):
         assert advantages[g] == pytest.approx(scores[g] - np.mean(others))
 
 
+def test_a_penalty_is_not_divided_by_the_spread_of_the_rewards():
+    penalty = np.array([0.2, 0.0, 0.1])
+    level = advantages(np.array([0.5, 0.5, 0.5]), "group", normalise=True, penalty_G=penalty)
+    np.testing.assert_allclose(level, [-0.1, 0.1, 0.0], atol=1e-12)
+    rewards = np.array([1.0, NAN, 0.0])
+    plain = advantages(rewards, "leave_one_out", penalty_G=penalty)
+    np.testing.assert_allclose(plain, leave_one_out(rewards - penalty))
+
+
 def test_swirls_loss_against_the_closed_form():
     # two actions of 2 and 1 tokens, advantages 0.5 and -0.5, L_max 10, N = 2, beta 0.1
     logprobs, kl = torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([0.2, 0.4, 0.6])

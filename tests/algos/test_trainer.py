@@ -1,6 +1,7 @@
 """The trainer: going on after a stop, checkpoints, processes, precision, adapters, and the options of the policy gradient."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -207,6 +208,48 @@ def test_nothing_but_equal_scores_is_told():
     assert len(seen) == FLAT_UPDATES - 1
 
 
+def test_a_budget_that_ends_before_anything_was_learned_is_told_too():
+    config = GrpoConfig(updates=50, batch_size=1, samples=2, max_new_tokens=4, token_budget=20)
+    trainer = Trainer(tiny_model(TOKENIZER), TOKENIZER)
+    with pytest.raises(TrainingError, match="All advantages of the first . updates are 0"):
+        grpo.train(trainer, make_env, list(ENV.task_set.tasks)[:2], config)
+    assert trainer.update < FLAT_UPDATES - 1
+
+
+def test_level_scores_are_nothing_to_learn_from_though_a_penalty_stirs_them():
+    class Same:
+        name, uses_gold = "same@1", False
+
+        def __call__(self, views):
+            return [Verdict(0.1, "", self.name) for _ in views]
+
+    config = replace(CONFIG, samples=7, kl="reward", normalise=True)
+    with pytest.raises(TrainingError, match="All advantages of the first 8 updates are 0"):
+        improve(tiny_model(TOKENIZER), config=config, judge=Same())
+
+
+def test_going_on_with_other_trajectories_or_another_clip_of_the_gradient_is_refused(tmp_path):
+    with pytest.raises(Stopped):
+        improve(tiny_model(TOKENIZER), tmp_path, log=stop_at(5))
+    with pytest.raises(TrainingError, match="its max_grad_norm is 1.0, here it is 0.5"):
+        improve(tiny_model(TOKENIZER), tmp_path, settings=replace(SAVING, max_grad_norm=0.5))
+    trainer = Trainer(tiny_model(TOKENIZER), TOKENIZER, SAVING, folder=tmp_path, seed=3)
+    with pytest.raises(TrainingError, match="its data is"):
+        swirl.train(trainer, GOLD[1:5], EvenLetters(), FreeText(), CONFIG)
+
+
+def test_tensorboard_shows_each_update_once_after_a_restart(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = TrainerConfig(save_every=2, tracker="tensorboard")
+    with pytest.raises(Stopped):
+        improve(tiny_model(TOKENIZER), tmp_path, settings=settings, log=stop_at(5))
+    improve(tiny_model(TOKENIZER), tmp_path, settings=settings)
+    found = EventAccumulator(str(tmp_path / "swirl")).Reload()
+    assert [one.step for one in found.Scalars("loss")] == list(range(8))
+
+
 def test_schedules():
     assert [_factor("linear", i, 10, 2) for i in (0, 1, 2, 9)] == [0.5, 1.0, 1.0, 0.125]
     assert [_factor("constant", i, 10, 2) for i in (0, 1, 9)] == [0.5, 1.0, 1.0]
@@ -251,14 +294,50 @@ def test_a_penalty_in_the_reward_keeps_the_policy_near():
     assert far["reward"] < far["exact"]
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory():
-    final = []
+@pytest.mark.parametrize("imitate", [False, True])
+def test_gradient_checkpointing_changes_nothing_but_memory(imitate, monkeypatch):
+    from transformers import modeling_utils
+
+    final, calls, real = [], [], modeling_utils.checkpoint
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(modeling_utils, "checkpoint", counted)
     for checkpointing in (False, True):
+        assert not calls
         seen = []
         settings = TrainerConfig(gradient_checkpointing=checkpointing)
-        improve(tiny_model(TOKENIZER), settings=settings, log=seen.append)
+        if imitate:
+            trainer = Trainer(tiny_model(TOKENIZER), TOKENIZER, settings, seed=3, log=seen.append)
+            sft.train(trainer, GOLD, SftConfig(epochs=1))
+        else:
+            trainer = improve(tiny_model(TOKENIZER), settings=settings, log=seen.append)
         final.append([one["loss"] for one in seen])
     assert final[0] == pytest.approx(final[1], abs=1e-6)
+    assert len(calls) >= len(final[1]) * trainer.model.config.num_hidden_layers
+    assert not any(module.training for module in trainer.model.modules())
+
+
+def test_an_adapter_on_top_of_an_adapter_is_saved_with_what_it_stands_on(tmp_path):
+    pytest.importorskip("peft")
+    tiny_model(TOKENIZER).save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    settings, at = TrainerConfig(lora_rank=4), tmp_path / "base"
+    for name in ("first", "second"):
+        model, _ = load_model(str(at), training=True)
+        trainer = improve(model, settings=settings)
+        at = tmp_path / name
+        trainer.save_model(at)
+    assert (tmp_path / "first" / "adapter_config.json").exists()
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        whole = AutoModelForCausalLM.from_pretrained(at)(ids).logits
+        torch.testing.assert_close(whole, trainer.model(ids).logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(load_model(str(at))[0](ids).logits, whole)
 
 
 def test_settings_that_cannot_work_are_told():
@@ -339,6 +418,75 @@ def test_reinforce_credits_each_action_with_what_comes_after_it():
     np.testing.assert_allclose(seen["advantages"], by_hand.ravel())
 
 
+def test_a_question_that_comes_up_twice_in_an_update_is_acted_on_anew():
+    acts = []
+    trainer = Trainer(tiny_model(TOKENIZER), TOKENIZER)
+    trainer.record = acts.extend
+    config = ReinforceConfig(updates=1, batch_size=2, samples=2, max_new_tokens=6, beta=0.0)
+    reinforce.train(trainer, even_env, list(ENV.task_set.tasks)[:1], config)
+    first = [act for act in acts if act.state == 0]
+    assert [act.episode for act in first] == [0, 1, 2, 3]
+    assert len({act.text for act in first}) == 4
+
+
+class Silent:
+    """A judge that can tell of nothing, and counts what it is asked."""
+
+    name, uses_gold, asked = "silent@1", False, 0
+
+    def __call__(self, views):
+        Silent.asked += len(views)
+        return [Verdict(None, "?", self.name) for _ in views]
+
+
+@pytest.mark.parametrize(
+    ("reward", "gold", "known"), [("process", True, False), ("outcome", True, True), ("outcome", False, False)]
+)
+def test_what_is_unknown_is_no_reward_of_zero(reward, gold, known):
+    def make():
+        env = gym.make("swirl/GSM8K-v0", max_steps=2, reward=reward, judge=Silent())
+        if not gold:
+            env.unwrapped.task_set.outcome = lambda task, answer: None
+        return env
+
+    acts = []
+    trainer = Trainer(tiny_model(TOKENIZER), TOKENIZER)
+    trainer.record = acts.extend
+    config = ReinforceConfig(updates=1, batch_size=2, samples=2, max_new_tokens=4, beta=0.0)
+    with pytest.raises(TrainingError, match="are 0 or unknown"):
+        reinforce.train(trainer, make, list(ENV.task_set.tasks)[:2], config)
+    last = [act.reward for act in acts if act.state == 1]
+    assert last == [0.0 if known else None] * 4
+
+
+def test_wrappers_may_end_episodes_and_judges_are_asked_about_real_actions_alone():
+    def make():
+        env = gym.make("swirl/GSM8K-v0", max_steps=9, judge=Silent())
+        env = gym.wrappers.TimeLimit(env, 1 + len(made) % 3)
+        made.append(env)
+        return env
+
+    made, acts = [], []
+    trainer = Trainer(tiny_model(TOKENIZER), TOKENIZER)
+    trainer.record = acts.extend
+    Silent.asked = 0
+    config = ReinforceConfig(updates=1, batch_size=2, samples=3, max_new_tokens=4, beta=0.0)
+    with pytest.raises(TrainingError):
+        reinforce.train(trainer, make, list(ENV.task_set.tasks)[:2], config)
+    assert len(acts) == 12 == Silent.asked
+    [one] = rollout(lambda: gym.wrappers.TimeLimit(make_env(), 1), trainer.policy(1.0, 4), [(GOLD[0].task.id, 0)])
+    assert (one.stop, one.outcome) == ("step_limit", 0.0)
+
+
+def test_an_episode_without_room_in_the_context_has_no_answer():
+    seen = []
+    model = tiny_model(TOKENIZER)
+    model.config.max_position_embeddings = 60
+    trainer = Trainer(model, TOKENIZER, log=seen.append)
+    with pytest.raises(TrainingError):
+        grpo.train(trainer, make_env, list(ENV.task_set.tasks)[:2], GrpoConfig(updates=1, batch_size=2, samples=2))
+
+
 def test_diagnostics_by_hand():
     from swirl_algos.episodes import Act
 
@@ -360,54 +508,66 @@ def test_diagnostics_by_hand():
 # -- several processes
 
 SCRIPT = """
-import json, sys
+import json, os, sys
 sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 from test_trainer import *
-found = {{}}
-for algorithm in ("swirl", "sft", "reinforce"):
-    seen = []
-    trainer = Trainer(tiny_model(TOKENIZER), TOKENIZER, TrainerConfig(tracker="none"), seed=3, log=seen.append)
-    if algorithm == "swirl":
-        swirl.train(trainer, GOLD[:6], EvenLetters(), FreeText(), replace(CONFIG, batch_size=3))
-    elif algorithm == "sft":
-        sft.train(trainer, GOLD, SftConfig(batch_size=3, epochs=1))
-    else:
-        config = ReinforceConfig(updates=2, batch_size=3, samples=2, max_new_tokens=4, learning_rate=1e-3, discount=0.5)
-        reinforce.train(trainer, even_env, list(ENV.task_set.tasks)[:4], config)
-    found[algorithm] = [seen, sum(float(p.double().abs().sum()) for p in trainer.model.parameters())]
+found = {{"world": int(os.environ.get("WORLD_SIZE", 1))}}
+ids = list(ENV.task_set.tasks)[:4]
+online = dict(updates=2, samples=2, max_new_tokens=4, learning_rate=1e-3)
+for name, algorithm, config, data in (
+    ("swirl", swirl, replace(CONFIG, batch_size=3), [GOLD[:6], EvenLetters(), FreeText()]),
+    ("swirl with an idle process", swirl, CONFIG, [GOLD[:2], EvenLetters(), FreeText()]),
+    ("sft", sft, SftConfig(batch_size=3, epochs=1), [GOLD]),
+    ("reinforce", reinforce, ReinforceConfig(batch_size=3, discount=0.5, **online), [even_env, ids]),
+    ("grpo", grpo, GrpoConfig(batch_size=3, **online), [even_env, ids]),
+    ("grpo with an idle process", grpo, GrpoConfig(batch_size=1, **online), [even_env, ids]),
+    ("grpo, one question twice", grpo, GrpoConfig(batch_size=3, **online), [even_env, ids[:1]]),
+):
+    seen, folder = [], Path({folder!r}) / str(found["world"]) / name
+    trainer = Trainer(tiny_model(TOKENIZER), TOKENIZER, TrainerConfig(tracker="none"), folder=folder, seed=3, log=seen.append)
+    assert trainer.world == found["world"]
+    algorithm.train(trainer, *data, config)
+    trainer.save_model(folder / "model")
+    found[name] = [seen, sum(float(p.double().abs().sum()) for p in trainer.model.parameters())]
 if trainer.main:
     print(json.dumps(found))
 """
 
 
+def in_processes(count, *arguments):
+    """What they print, with as many processes on the CPU."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_port", "0"]
+    settings = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *map(str, arguments)], capture_output=True, text=True, timeout=200, env=settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 def test_two_processes_take_the_steps_of_one(tmp_path):
     script = tmp_path / "train.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
-    found = []
-    for processes in (1, 2):
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-        launch += [
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            "--main_process_port",
-            "0",
-        ]
-        done = subprocess.run([*launch, script], capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append(json.loads(done.stdout.strip().splitlines()[-1]))
-    for algorithm, (one, weights) in found[0].items():
-        two, same = found[1][algorithm]
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    one, two = (json.loads(in_processes(count, script).strip().splitlines()[-1]) for count in (1, 2))
+    assert (one.pop("world"), two.pop("world")) == (1, 2)
+    assert list(one) == list(two)
+    for name, (metrics, weights) in one.items():
+        others, same = two[name]
         assert weights == pytest.approx(same, rel=1e-6)
-        for a, b in zip(one, two, strict=True):
-            for key in ("loss", "gradient_norm"):
-                assert a[key] == pytest.approx(b[key], abs=1e-5), algorithm
-            assert a["tokens"] == b["tokens"]
+        for a, b in zip(metrics, others, strict=True):
+            for key in ("loss", "gradient_norm", "tokens", "score", "outcome", "kl"):
+                assert a.get(key) == pytest.approx(b.get(key), abs=1e-5), (name, key)
+        here, there = ((tmp_path / str(world) / name / "candidates.jsonl") for world in (1, 2))
+        if name != "sft":
+            assert sorted(here.read_text().splitlines()) == sorted(there.read_text().splitlines())
+        folder = load_model(str(tmp_path / "2" / name / "model"))[0]
+        assert sum(float(p.double().abs().sum()) for p in folder.parameters()) == pytest.approx(same, rel=1e-6)
+
+
+def test_what_accelerate_is_asked_for_and_the_trainer_does_not_do_is_told(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises((ConfigError, ValueError), match="fp16"):
+        Trainer(tiny_model(TOKENIZER), TOKENIZER)
 
 
 def test_nothing_is_left_of_a_folder_that_could_not_be_written(tmp_path):

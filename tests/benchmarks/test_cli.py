@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -199,6 +200,39 @@ def test_run_end_to_end_resumes_after_kill_and_refuses_another_config(tiny, tmp_
 
     done = swirl(*RUN, "--model", tiny, "--out", whole, "--seed", 1, code=2)
     assert "another config (seed: 0 there, 1 now)" in done.stderr
+
+
+MOODY = """
+from pathlib import Path
+from swirl_env.types import Verdict
+
+class Moody:
+    name, uses_gold = "moody@1", False
+
+    def __call__(self, views):
+        knows = Path(__file__).with_name("knows").exists()
+        return [self.verdict(view, knows or sum(map(ord, view.question)) % 2) for view in views]
+
+    def verdict(self, view, knows):
+        return Verdict(0.5 + len(view.action.text) % 2 / 2 if knows else None, "", self.name)
+"""
+
+
+def test_a_run_goes_on_with_what_it_trained_on_though_its_judge_now_knows_more(tiny, tmp_path):
+    (tmp_path / "mine.py").write_text(MOODY)
+    out, env = tmp_path / "run", os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = ["process" if word == "none" else word for word in RUN]
+    command += ["--model", tiny, "--judge", "mine:Moody", "--unknown-limit", 1, "--out", out]
+    swirl(*command, env=env)
+    first = json.loads((out / "results.json").read_text())
+    assert first["stage_1"]["unknown"] and first["stage_1"]["kept"]
+    kept = (out / "kept.jsonl").read_bytes()
+    (out / "results.json").unlink()
+    shutil.rmtree(out / "swirl")
+    (tmp_path / "knows").touch()
+    swirl(*command, env=env)
+    assert (out / "kept.jsonl").read_bytes() == kept
+    assert json.loads((out / "results.json").read_text())["stage_1"] == first["stage_1"]
 
 
 def test_plain_rows_give_the_same_losses(tiny, tmp_path):

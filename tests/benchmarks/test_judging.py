@@ -8,13 +8,15 @@ import threading
 import time
 
 import pytest
+from swirl_agents import judges
+from swirl_agents.judges import VERDICT_TOKENS, WORD_TOKENS, open_judge
 from swirl_agents.rollout import rollout
 from swirl_agents.scripted import oracle
 from swirl_agents.testing import tiny_model, tiny_tokenizer
 from swirl_agents.testing_server import ChatServer
 from swirl_algos import stages
-from swirl_benchmarks import evaluate, judging
-from swirl_benchmarks.judging import VERDICT_TOKENS, WORD_TOKENS, Disagreement, open_judge, rejudge
+from swirl_benchmarks import evaluate
+from swirl_benchmarks.judging import Disagreement, rejudge
 
 from swirl_env.errors import ConfigError, UnknownArgumentError, UnknownNameError
 from swirl_env.io import Writer, read
@@ -268,7 +270,7 @@ def test_another_model_in_the_same_folder_is_another_judge(tmp_path, monkeypatch
     names = []
     for place, seed in (("a", 0), ("b", 0), ("b", 1)):
         save_tiny(tmp_path / place / "swirl", seed)
-        judging._loaded.cache_clear()  # as in a new process
+        judges._loaded.cache_clear()  # as in a new process
         names.append(open_judge(f"model:{tmp_path / place / 'swirl'}").name)
     assert names[0] == names[1] != names[2]
 

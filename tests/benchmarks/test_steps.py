@@ -1,6 +1,7 @@
 """generate -> judge -> filter -> train -> export, command by command."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from swirl_benchmarks.export import FORMATS, messages, prompt_completion, stepwi
 import swirl_env  # noqa: F401
 from swirl_env.io import read
 from swirl_env.types import Trajectory, Verdict
+from swirl_env.wrappers import AddTool
 
 NEW = ("generate", "filter", "train", "export")
 
@@ -209,6 +211,100 @@ def test_every_algorithm_trains_from_a_run(algorithm, swirl, trained, tmp_path):
     assert "is complete" in swirl(*command)
     (folder / "kept.jsonl").write_text("".join(kept[:2]))
     assert "another config (trajectories: '6 (" in swirl(*command, code=2)
+
+
+@pytest.mark.parametrize("left", [("kept.jsonl",), ()])
+def test_rounds_go_on_where_they_stopped(left, swirl, trained, tmp_path):
+    command = [
+        "--algo",
+        "swirl",
+        "--rounds",
+        3,
+        "--filter",
+        "none",
+        "--samples",
+        2,
+        "--max-new-tokens",
+        6,
+        "--learning-rate",
+        1e-2,
+    ]
+    command += ["--batch-size", 2, "--trainer.tracker", "none"]
+    weights = []
+    for name in ("whole", "parts"):
+        folder = tmp_path / name
+        shutil.copytree(trained, folder)
+        swirl("train", folder, *command)
+        place = folder / "training" / "swirl"
+        if name == "parts":  # as if killed in the last round
+            shutil.rmtree(folder / "swirl")
+            for path in (place / "round-2").iterdir():
+                if path.name not in left:
+                    path.unlink()
+            swirl("train", folder, *command)
+        for round in (1, 2):
+            assert [one.round for one in read(place / f"round-{round}" / "kept.jsonl", Trajectory)] == [round] * 6
+        weights.append((folder / "swirl" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_tools_of_a_wrapper_are_missed_before_anything_is_trained(swirl, tiny, tmp_path):
+    def population(city: str) -> str:
+        """How many live there.
+
+        Args:
+            city: its name.
+        """
+        return "7"
+
+    def make():
+        return AddTool(gym.make("swirl/GSM8K-v0", max_steps=2), population)
+
+    env = make().unwrapped
+    one = next(rollout(make, oracle(env), [(next(iter(env.task_set.tasks)), 0)]))
+    stages.rewrite(tmp_path / "judged.jsonl", [one])
+    said = swirl("train", tmp_path, "--algo", "swirl", "--filter", "none", "--model", tiny, code=2)
+    assert "recorded with the tools calculator, population, and swirl/GSM8K-v0" in said
+    assert "has calculator: a wrapper changed them" in said
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "flags", "says"),
+    [
+        ("swirl", ["--kl-target", 0], "kl_target must be above 0"),
+        ("swirl", ["--kl-target", 0.1, "--beta", 0], "kl_target adapts beta, which is 0"),
+        ("swirl", ["--trainer.max-grad-norm", 0], "trainer.max_grad_norm must be above 0"),
+        ("swirl", ["--clip", 0], "clip must be above 0"),
+        ("reinforce", ["--discount", 2], "discount must lie in [0, 1]"),
+        ("reinforce", ["--samples", 1, "--batch-size", 1], "an action needs another"),
+        ("grpo", ["--token-budget", 0], "token_budget must be at least 1"),
+        ("grpo", ["--samples", 1], "samples must be at least 2"),
+        ("sft", ["--learning-rate", 0], "learning_rate must be above 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_told_at_once(algorithm, flags, says, swirl, trained):
+    assert says in swirl("train", trained, "--algo", algorithm, *flags, code=2)
+
+
+def test_a_module_trains_with_a_judge_in_its_own_process(trained, tiny, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    command = [
+        sys.executable,
+        "-m",
+        "swirl_algos.swirl",
+        str(folder),
+        "--judge",
+        f"model:{tiny}",
+        "--samples",
+        "2",
+        "--batch-size",
+        "1",
+    ]
+    settings = os.environ | {"SWIRL_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=settings)
+    assert done.returncode == 2
+    assert "All advantages of the first" in done.stderr  # a random model has no verdicts
 
 
 def test_an_adapter_becomes_a_plain_model_folder(swirl, trained, tmp_path):
