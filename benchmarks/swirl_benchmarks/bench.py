@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from swirl_benchmarks import evaluate
+from swirl_benchmarks.ledger import LedgerConfig
 from swirl_benchmarks.terminal import console
 from swirl_env.errors import ConfigError, SwirlError
 
@@ -177,4 +179,30 @@ def learn(*, seeds: tuple[int, ...] = (0, 1, 2), json: str | None = None) -> Non
         raise SwirlError(f"{len(report['missed'])} of {len(seeds)} seeds missed the goal, told above.")
 
 
-BENCHES: dict[str, Callable] = {"speed": speed, "retrieval": retrieval, "judges": judges, "learn": learn}
+def ledger(
+    config: Annotated[LedgerConfig, tyro.conf.arg(name="")], *, out: Path = Path("runs/ledger"), json: str | None = None
+) -> None:  # fmt: skip
+    """The reproduction: base, SFT, SWiRL with each filter, and GRPO at equal tokens, on each environment; goes on where it stopped.
+
+    Example: swirl bench ledger --envs swirl/GSM8K-v0 --seeds 0 --tasks 40 --samples 2 --demonstrations 40
+
+    Args:
+        out: folder of its run folders.
+        json: file for the figures.
+    """
+    from swirl_benchmarks import ledger as suite
+
+    evaluate.check_target(json)
+    report = suite.ledger(config, out, console())
+    suite.print_ledger(report, console())
+    if json:
+        evaluate.write_json(json, report)
+
+
+BENCHES: dict[str, Callable] = {
+    "speed": speed,
+    "retrieval": retrieval,
+    "judges": judges,
+    "learn": learn,
+    "ledger": ledger,
+}

@@ -1,14 +1,14 @@
 """Does it learn? `swirl bench learn`: SWiRL beside SFT, REINFORCE and GRPO on `swirl/Arithmetic-v0`, from random weights, in minutes.
 
 A tiny Llama with a tokenizer of its own imitates gold demonstrations; from half way on each seed goes on alone, with questions
-of its own, until it is a weak policy: right on some three of ten (training) questions. That is the warm start. It acts on other
+of its own, until it is a weak policy: right on three of ten questions or more (it is looked at every 400 demonstrations). That is the warm start. It acts on other
 questions, and a judge scores each step by process alone (`Additions`): it sees the question and the steps so far, neither the gold
 answer nor the step's result, so nothing looks at whether the final answer is right. SWiRL learns from the trajectories that the process
-filter keeps; SFT imitates the same ones; REINFORCE acts anew with the same judge; GRPO acts anew for the outcome, with at most the
-tokens that SWiRL sampled, stage 1 included. All start from the warm start and are measured on the same unseen questions, greedily.
+filter keeps; SFT imitates the same ones; REINFORCE acts anew with the same judge; GRPO acts anew for the outcome until it has sampled
+as many tokens as SWiRL, stage 1 included. All start from the warm start and are measured on the same unseen questions, greedily.
 
 The problems are sums of three to five numbers, and the calculator adds: what is to be learned is which numbers, in which order, and when
-to answer. `Additions` knows that; the general `rules` judge does not, and was pleased by `13+13` and by wrong signs: with it the process
+to answer. `Additions` knows all of that: for sums it is a complete verifier of the way. The general `rules` judge is not, and was pleased by `13+13` and by wrong signs: with it the process
 score rose on every seed, and the accuracy on one of three (the ledger has the figures).
 """
 
@@ -17,9 +17,9 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,11 +32,11 @@ from swirl_agents.rollout import rollout
 from swirl_agents.scripted import oracle
 from swirl_algos import stages
 from swirl_algos.configs import GrpoConfig, ReinforceConfig, SftConfig, SwirlConfig, TrainerConfig
-from swirl_algos.filters import keep
 
 import swirl_env  # noqa: F401  registers the ids
 from swirl_benchmarks.metrics import Estimate, paired_difference, process_score, summary
 from swirl_env.env import ToolEnv
+from swirl_env.io import read
 from swirl_env.types import StepView, ToolCall, Trajectory, Verdict
 
 GAIN_GOAL = 0.15
@@ -45,6 +45,7 @@ KWARGS: dict[str, Any] = {"operators": "+", "operations": [2, 4], "max_steps": 6
 TOKENS = 24
 """Cap of an action."""
 MOST_CHUNKS = 20
+WARM = "warm start"
 APART = 10_000
 """Numbers of questions from seed to seed."""
 
@@ -67,13 +68,13 @@ class LearnConfig:
     imitate: SftConfig = SftConfig(learning_rate=3e-3, epochs=1, batch_size=8, row_tokens=16_384)
     sft: SftConfig = SftConfig(learning_rate=1e-3, epochs=3, batch_size=8, row_tokens=16_384)
     swirl: SwirlConfig = SwirlConfig(
-        learning_rate=5e-4, epochs=6, batch_size=16, samples=8, max_new_tokens=TOKENS, beta=0.01, row_tokens=16_384
+        learning_rate=5e-4, epochs=4, batch_size=16, samples=8, max_new_tokens=TOKENS, beta=0.01, row_tokens=16_384
     )
     reinforce: ReinforceConfig = ReinforceConfig(
         learning_rate=5e-4, updates=30, batch_size=16, samples=4, max_new_tokens=TOKENS, beta=0.01, row_tokens=16_384
     )
     grpo: GrpoConfig = GrpoConfig(
-        learning_rate=5e-4, updates=30, batch_size=8, samples=8, max_new_tokens=TOKENS, beta=0.01, row_tokens=16_384
+        learning_rate=5e-4, updates=500, batch_size=16, samples=8, max_new_tokens=TOKENS, beta=0.01, row_tokens=16_384
     )
 
 
@@ -188,37 +189,17 @@ def begin(config: LearnConfig, folder: Path) -> None:
     trainer.save_model(folder)
 
 
-def learn_seed(config: LearnConfig, folder: Path, seed: int) -> dict[str, Any]:
-    """One seed: from the shared beginning in `folder/begin` (or its warm start in `folder/warm-SEED`, which is left there) to
-    figures of all policies."""
+def warm_start(config: LearnConfig, folder: Path, seed: int) -> dict[str, Any]:
+    """One seed's weak policy, `folder/warm-SEED` (left as it is where it is there), and its trajectories: `drawn-SEED.jsonl`, judged, and
+    `kept-SEED.jsonl`. Returns its figures."""
     import torch
-    from swirl_agents.local import LocalPolicy
     from swirl_agents.models import load_model
-    from swirl_algos import grpo, reinforce, sft, swirl
+    from swirl_algos import sft
     from swirl_algos.trainer import Trainer
 
     torch.set_num_threads(1)
     began, first = time.monotonic(), APART * (1 + seed)  # questions of this seed's own
-    judge, env = Additions(), make_env().unwrapped
-    assert isinstance(env, ToolEnv)
-    unseen = [f"arithmetic-test-{n}" for n in range(config.unseen)]
-    evaluated: dict[str, list[Trajectory]] = {}
-    figures: dict[str, Any] = {"seed": seed, "policies": {}, "seconds": {}}
-
-    def act(model, tokenizer, tasks: Sequence[str], split: str, samples: int, temperature: float) -> list[Trajectory]:
-        policy = LocalPolicy(model, tokenizer, temperature=temperature, max_new_tokens=TOKENS, seed=seed)
-        jobs = [(task, g) for task in tasks for g in range(samples)]
-        return list(rollout(partial(make_env, split), policy, jobs, seed=seed, batch_size=128))
-
-    def judged(trajectories: list[Trajectory]) -> list[Trajectory]:
-        with TemporaryDirectory() as scratch:
-            return stages.judge(trajectories, judge, Path(scratch) / "judged.jsonl")
-
-    def measure(name: str, model, tokenizer) -> None:
-        evaluated[name] = judged(act(model, tokenizer, unseen, "test", 1, 0.0))
-        whole = summary(evaluated[name], lambda one: env.task_set.metrics(one.task, one.answer))
-        figures["policies"][name] = {key: whole[key] for key in ("outcome", "process", "malformed", "steps")}
-
+    figures: dict[str, Any] = {}
     warm = folder / f"warm-{seed}"
     if not warm.exists():
         model, tokenizer = load_model(str(folder / "begin"), training=True)
@@ -228,83 +209,151 @@ def learn_seed(config: LearnConfig, folder: Path, seed: int) -> dict[str, Any]:
             at = first + 100 + chunks * config.chunk
             trainer = Trainer(model, tokenizer, TrainerConfig(schedule="constant", warmup=0.2), seed=seed)
             sft.train(trainer, demonstrate(range(at, at + config.chunk)), config.imitate)
-            seen = act(model, tokenizer, looked_at, "train", 1, 0.0)
+            seen = _act(model, tokenizer, looked_at, "train", 1, 0.0, seed)
             accuracy, chunks = sum(one.outcome or 0 for one in seen) / len(seen), chunks + 1
         trainer.save_model(warm)
-        figures["warm_start"] = {
-            "demonstrations": config.together + chunks * config.chunk,
-            "training_accuracy": accuracy,
-        }
+        figures |= {"demonstrations": config.together + chunks * config.chunk, "training_accuracy": accuracy}
     model, tokenizer = load_model(str(warm))
-    measure("warm start", model, tokenizer)
-    practised = [f"arithmetic-train-{first + APART - 1 - n}" for n in range(config.practised)]
-    drawn = judged(act(model, tokenizer, practised, "train", config.samples, 1.0))
-    kept = keep("process", drawn).kept
-    spent = sum(len(step.tokens.action_ids) for one in drawn for step in one.steps if step.tokens is not None)
+    figures["policy"] = _measured(model, tokenizer, config, folder, seed, WARM)
+    drawn = _act(model, tokenizer, _practised(config, seed), "train", config.samples, 1.0, seed)
+    judged = stages.judge(drawn, Additions(), folder / f"drawn-{seed}.jsonl")
+    kept = stages.filter_by("process", judged, folder / f"kept-{seed}.jsonl").kept
     right = [one.outcome for one in kept if one.outcome is not None]
-    figures["stage_1"] = {
-        "trajectories": len(drawn),
-        "kept": len(kept),
-        "right_of_kept": sum(right) / max(1, len(right)),
-    }
-
-    def improve(name: str, learn: Callable[[Trainer], None]) -> list[dict[str, Any]]:
-        log: list[dict[str, Any]] = []
-        start = time.monotonic()
-        fresh, same = load_model(str(warm), training=True)
-        trainer = Trainer(fresh, same, TrainerConfig(tracker="none"), seed=seed, log=log.append)
-        learn(trainer)
-        figures["seconds"][name] = round(time.monotonic() - start, 1)
-        measure(name, fresh, same)
-        return log
-
-    log = improve("SWiRL", lambda trainer: swirl.train(trainer, kept, judge, env.grammar, config.swirl))
-    spent += sum(metrics["sampled_tokens"] for metrics in log)
-    figures["curve"] = [[round(metrics["score"], 4), round(metrics["kl"], 5)] for metrics in log]
-    improve("SFT, same trajectories", lambda trainer: sft.train(trainer, kept, config.sft))
-    judging = partial(make_env, judge=JUDGE)
-    online = improve("REINFORCE", lambda trainer: reinforce.train(trainer, judging, practised, config.reinforce))
-    budget = GrpoConfig(**asdict(config.grpo) | {"token_budget": spent})
-    rival = improve("GRPO", lambda trainer: grpo.train(trainer, judging, practised, budget))
-    figures["sampled_tokens"] = {
-        "SWiRL": spent, "REINFORCE": online[-1]["tokens_so_far"], "GRPO": rival[-1]["tokens_so_far"]
+    return figures | {
+        "trajectories": len(drawn), "kept": len(kept), "right_of_kept": sum(right) / max(1, len(right)),
+        "sampled_tokens": sum(len(step.tokens.action_ids) for one in drawn for step in one.steps if step.tokens is not None),
+        "seconds": round(time.monotonic() - began, 1),
     }  # fmt: skip
-    figures["differences"] = {
-        f"{name} - {other}": {
-            "outcome": asdict(paired_difference(evaluated[other], evaluated[name], lambda one: one.outcome)),
-            "process": asdict(paired_difference(evaluated[other], evaluated[name], process_score)),
-        }
-        for name, other in [
-            *((name, "warm start") for name in evaluated if name != "warm start"), ("SWiRL", "SFT, same trajectories"), ("SWiRL", "GRPO"),
-        ]
+
+
+def contestant(
+    config: LearnConfig, folder: Path, seed: int, name: str, token_budget: int | None = None
+) -> dict[str, Any]:
+    """What one algorithm makes of a seed's warm start: its figures; its unseen questions lie in `folder/SEED-NAME.jsonl`."""
+    import torch
+    from swirl_agents.models import load_model
+    from swirl_algos import grpo, reinforce, sft, swirl
+    from swirl_algos.trainer import Trainer
+
+    torch.set_num_threads(1)
+    began, log = time.monotonic(), list[dict[str, Any]]()
+    model, tokenizer = load_model(str(folder / f"warm-{seed}"), training=True)
+    trainer = Trainer(model, tokenizer, TrainerConfig(tracker="none"), seed=seed, log=log.append)
+    kept, judging = list(read(folder / f"kept-{seed}.jsonl", Trajectory)), partial(make_env, judge=JUDGE)
+    if name == "SWiRL":
+        swirl.train(trainer, kept, Additions(), make_env().unwrapped.grammar, config.swirl)  # type: ignore[attr-defined]
+    elif name == "SFT, same trajectories":
+        sft.train(trainer, kept, config.sft)
+    elif name == "REINFORCE":
+        reinforce.train(trainer, judging, _practised(config, seed), config.reinforce)
+    else:
+        grpo.train(trainer, judging, _practised(config, seed), replace(config.grpo, token_budget=token_budget))
+    sampled = [metrics["sampled_tokens"] for metrics in log if "sampled_tokens" in metrics]
+    return {
+        "seconds": round(time.monotonic() - began, 1), "sampled_tokens": sum(sampled),
+        "policy": _measured(model, tokenizer, config, folder, seed, name),
+        "curve": [[round(one["score"], 4), round(one["kl"], 5)] for one in log if one.get("score") is not None and "kl" in one],
     }  # fmt: skip
-    figures["seconds"]["all"] = round(time.monotonic() - began, 1)
-    return figures
 
 
-def learn_figures(seeds: Sequence[int] = (0, 1, 2), config: LearnConfig | None = None) -> dict[str, Any]:
-    """All seeds, as many at once as there are cores; one whose gain, process score or lead over SFT misses its goal is listed."""
+def _practised(config: LearnConfig, seed: int) -> list[str]:
+    return [f"arithmetic-train-{APART * (2 + seed) - 1 - n}" for n in range(config.practised)]
+
+
+def _act(
+    model, tokenizer, tasks: Sequence[str], split: str, samples: int, temperature: float, seed: int
+) -> list[Trajectory]:
+    from swirl_agents.local import LocalPolicy
+
+    policy = LocalPolicy(model, tokenizer, temperature=temperature, max_new_tokens=TOKENS, seed=seed)
+    jobs = [(task, g) for task in tasks for g in range(samples)]
+    return list(rollout(partial(make_env, split), policy, jobs, seed=seed, batch_size=128))
+
+
+def _measured(model, tokenizer, config: LearnConfig, folder: Path, seed: int, name: str) -> dict[str, Any]:
+    unseen = [f"arithmetic-test-{n}" for n in range(config.unseen)]
+    acted = _act(model, tokenizer, unseen, "test", 1, 0.0, seed)
+    judged = stages.judge(acted, Additions(), folder / f"{seed}-{name}.jsonl")
+    task_set = make_env().unwrapped.task_set  # type: ignore[attr-defined]
+    whole = summary(judged, lambda one: task_set.metrics(one.task, one.answer))
+    return {key: whole[key] for key in ("outcome", "process", "malformed", "steps")}
+
+
+def learn_figures(
+    seeds: Sequence[int] = (0, 1, 2), config: LearnConfig | None = None, folder: Path | None = None
+) -> dict[str, Any]:
+    """All seeds; every policy is a job of its own, as many at once as there are cores. A seed whose gain, process score or lead over SFT
+    misses its goal is listed in `missed`.
+
+    Args:
+        seeds: of questions, sampling and order.
+        config: sizes; `None`: those of the goal.
+        folder: where models and trajectories are left, and `warm-SEED` may lie already; `None`: nowhere.
+    """
+    if folder is None:
+        with TemporaryDirectory() as scratch:
+            return learn_figures(seeds, config, Path(scratch))
     config, began = config or LearnConfig(), time.monotonic()
     context = multiprocessing.get_context("spawn")  # torch does not live through a fork
-    with TemporaryDirectory() as scratch, ProcessPoolExecutor(min(len(seeds), os.cpu_count() or 1), context) as pool:
-        folder = Path(scratch)
-        pool.submit(begin, config, folder / "begin").result()
-        found = list(pool.map(partial(learn_seed, config, folder), seeds))
-    missed = {}
-    for one in found:
-        gain = one["differences"]["SWiRL - warm start"]
-        lead = one["differences"]["SWiRL - SFT, same trajectories"]["outcome"]["mean"]
-        says = [
-            f"accuracy {gain['outcome']['mean']:+.3f}, goal {GAIN_GOAL:+}" if gain["outcome"]["mean"] < GAIN_GOAL else "",
-            f"process score {gain['process']['mean']:+.3f}" if gain["process"]["mean"] <= 0 else "",
-            f"not above SFT ({lead:+.3f})" if lead <= 0 else "",
-        ]  # fmt: skip
-        if any(says):
-            missed[one["seed"]] = ", ".join(filter(None, says))
+    found: dict[int, dict[str, Any]] = {seed: {"seed": seed} for seed in seeds}
+    running: dict[Future, tuple[int, str]] = {}
+    with ProcessPoolExecutor(os.cpu_count() or 1, context) as pool:
+
+        def start(seed: int, name: str, *arguments: Any) -> None:
+            job = warm_start if name == WARM else contestant
+            named = () if name == WARM else (name, *arguments)
+            running[pool.submit(job, config, folder, seed, *named)] = seed, name
+
+        if not all((folder / f"warm-{seed}").exists() for seed in seeds):
+            pool.submit(begin, config, folder / "begin").result()
+        for seed in seeds:
+            start(seed, WARM)
+        while running:
+            for job in wait(running, return_when=FIRST_COMPLETED).done:
+                seed, name = running.pop(job)
+                found[seed][name] = done = job.result()
+                if name == WARM:  # the longest first
+                    for next_name in ("SWiRL", "REINFORCE", "SFT, same trajectories"):
+                        start(seed, next_name)
+                elif name == "SWiRL":
+                    done["sampled_tokens"] += found[seed][WARM]["sampled_tokens"]
+                    start(seed, "GRPO", done["sampled_tokens"])
+    figures = [_of_seed(one, folder) for one in found.values()]
     return {
-        "env": "swirl/Arithmetic-v0", "kwargs": KWARGS, "judge": Additions.name, "config": asdict(config), "seeds": found,
-        "goal": GAIN_GOAL, "missed": missed, "seconds": round(time.monotonic() - began, 1),
+        "env": "swirl/Arithmetic-v0", "kwargs": KWARGS, "judge": Additions.name, "config": asdict(config), "seeds": figures,
+        "goal": GAIN_GOAL, "missed": {one["seed"]: said for one in figures if (said := _missed(one))},
+        "seconds": round(time.monotonic() - began, 1),
     }  # fmt: skip
+
+
+def _of_seed(found: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The figures of a seed's policies, with their paired differences."""
+    done = {name: found[name] for name in (WARM, "SWiRL", "SFT, same trajectories", "REINFORCE", "GRPO")}
+    acted = {name: list(read(folder / f"{found['seed']}-{name}.jsonl", Trajectory)) for name in done}
+    pairs = [*((name, WARM) for name in done if name != WARM), ("SWiRL", "SFT, same trajectories"), ("SWiRL", "GRPO")]
+    return {
+        "seed": found["seed"], "policies": {name: one.pop("policy") for name, one in done.items()},
+        "differences": {
+            f"{name} - {other}": {
+                "outcome": asdict(paired_difference(acted[other], acted[name], lambda one: one.outcome)),
+                "process": asdict(paired_difference(acted[other], acted[name], process_score)),
+            }
+            for name, other in pairs
+        },
+        "made": done,
+    }  # fmt: skip
+
+
+def _missed(figures: dict[str, Any]) -> str:
+    """What of the goal a seed misses."""
+    gain = figures["differences"]["SWiRL - warm start"]
+    lead = figures["differences"]["SWiRL - SFT, same trajectories"]["outcome"]["mean"]
+    says = [
+        f"accuracy {gain['outcome']['mean']:+.3f}, goal {GAIN_GOAL:+}" if gain["outcome"]["mean"] < GAIN_GOAL else "",
+        f"process score {gain['process']['mean']:+.3f}" if gain["process"]["mean"] <= 0 else "",
+        f"not above SFT ({lead:+.3f})" if lead <= 0 else "",
+    ]  # fmt: skip
+    return ", ".join(filter(None, says))
 
 
 def print_learn(report: dict[str, Any], console: Console) -> None:
@@ -321,6 +370,12 @@ def print_learn(report: dict[str, Any], console: Console) -> None:
         rows = [one["differences"][name]["outcome"] for one in report["seeds"]]
         table.add_row(f"{name}, accuracy", *(str(Estimate(**row)) for row in rows))
     console.print(table)
+    for one in report["seeds"]:
+        made, warm = one["made"], one["made"][WARM]
+        console.print(
+            f"seed {one['seed']}: the process filter kept {warm['kept']} of {warm['trajectories']} trajectories, {warm['right_of_kept']:.0%} of them "
+            "right; sampled tokens: " + ", ".join(f"{name} {made[name]['sampled_tokens']:,}" for name in ("SWiRL", "REINFORCE", "GRPO"))
+        )  # fmt: skip
     console.print(
         f"Judge of all but GRPO: {report['judge']}, by process alone. Goal: SWiRL at least {report['goal']:+} over its warm start and above "
         f"SFT on the same trajectories, on every seed. {report['seconds']:.0f} s."

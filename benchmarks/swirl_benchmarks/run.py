@@ -93,7 +93,7 @@ def run(config: RunConfig, folder: Path, console: Console, command: str = "") ->
     started = time.monotonic()
     _check(config)
     judge = open_judge(config.judge)
-    train, test = (_maker(config, split) for split in ("train", "test"))
+    train, test = maker(config, "train"), maker(config, "test")
     train_env, test_env = train().unwrapped, test().unwrapped
     claim(folder / "run.json", asdict(config), "--out")
     if (folder / "results.json").exists():
@@ -102,17 +102,7 @@ def run(config: RunConfig, folder: Path, console: Console, command: str = "") ->
         show(results, console)
         return results
     assert isinstance(train_env, ToolEnv) and isinstance(test_env, ToolEnv)
-    train_ids, test_ids = list(train_env.task_set.tasks), list(test_env.task_set.tasks)
-    questions = {train_env.task_set.tasks[task_id].question for task_id in train_ids}
-    test_ids = [task_id for task_id in test_ids if test_env.task_set.tasks[task_id].question not in questions]
-    if len(train_ids) < 2 or not test_ids:
-        raise ConfigError(
-            f"{len(train_ids)} training and {len(test_ids)} unseen test tasks: at least 2 and 1 are needed."
-        )
-    shuffled = evaluate.choose(train_ids, len(train_ids), config.seed)
-    count = min(config.demonstrations, max(len(shuffled) // 2, len(shuffled) - config.tasks))
-    shown, practised = shuffled[:count], shuffled[count : count + config.tasks]
-    unseen = evaluate.choose(test_ids, min(config.tasks, len(test_ids)), 0)
+    shown, practised, unseen = parts(config, train_env, test_env)
     console.print(
         f"{config.env}, {config.model}: {len(shown)} questions for the warm start, {len(practised)} for stage 1, "
         f"{len(unseen)} unseen for evaluation; run folder {folder}"
@@ -172,6 +162,25 @@ def run(config: RunConfig, folder: Path, console: Console, command: str = "") ->
     return results
 
 
+def parts(config: RunConfig, train_env: ToolEnv, test_env: ToolEnv) -> tuple[list[str], list[str], list[str]]:
+    """Ids of the questions for demonstrations, for stage 1, and for evaluation: no question is in two of them.
+
+    Raises:
+        ConfigError: there are too few tasks.
+    """
+    train_ids, test_ids = list(train_env.task_set.tasks), list(test_env.task_set.tasks)
+    questions = {train_env.task_set.tasks[task_id].question for task_id in train_ids}
+    test_ids = [task_id for task_id in test_ids if test_env.task_set.tasks[task_id].question not in questions]
+    if len(train_ids) < 2 or not test_ids:
+        raise ConfigError(
+            f"{len(train_ids)} training and {len(test_ids)} unseen test tasks: at least 2 and 1 are needed."
+        )
+    shuffled = evaluate.choose(train_ids, len(train_ids), config.seed)
+    count = min(config.demonstrations, max(len(shuffled) // 2, len(shuffled) - config.tasks))
+    unseen = evaluate.choose(test_ids, min(config.tasks, len(test_ids)), 0)
+    return shuffled[:count], shuffled[count : count + config.tasks], unseen
+
+
 def show(results: dict[str, Any], console: Console) -> None:
     """The results as a table, and the paired differences."""
     evaluate.print_table(
@@ -213,7 +222,8 @@ def _results(config, env, evaluations, kept, seconds: float) -> dict[str, Any]:
     }
 
 
-def _maker(config: RunConfig, split: str) -> Callable[[], Any]:
+def maker(config: RunConfig, split: str) -> Callable[[], Any]:
+    """Makes the environment of a split, without a judge: a run is judged afterwards."""
     fixed = ("split", "path", "max_steps", "judge", "reward", "malformed_limit")
     kwargs = evaluate.read_kwargs(config.kwargs, fixed)
     kwargs |= {"split": split, "path": config.path if split == "train" else config.test_path}

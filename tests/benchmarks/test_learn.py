@@ -32,19 +32,20 @@ def test_all_four_learn_from_a_weak_policy(tmp_path, one_thread):
     config = learn.LearnConfig()
     config = replace(
         config, practised=64, samples=2, unseen=64, sft=replace(config.sft, epochs=1), swirl=replace(config.swirl, epochs=2, batch_size=8),
-        reinforce=replace(config.reinforce, updates=6), grpo=replace(config.grpo, updates=6),
+        reinforce=replace(config.reinforce, updates=6), grpo=replace(config.grpo, updates=12, batch_size=8),
     )  # fmt: skip
-    figures = learn.learn_seed(config, tmp_path, 0)
+    report = learn.learn_figures([0], config, tmp_path)
+    [figures] = report["seeds"]
     before = figures["policies"]["warm start"]
     for name in ("SWiRL", "REINFORCE", "GRPO"):
         after = figures["policies"][name]
         assert after["outcome"]["mean"] > before["outcome"]["mean"] + 0.05, name
         assert after["process"]["mean"] > before["process"]["mean"], name
-    assert 0 < figures["stage_1"]["kept"] < figures["stage_1"]["trajectories"] == 128
-    assert figures["sampled_tokens"]["GRPO"] <= 1.2 * figures["sampled_tokens"]["SWiRL"]
-    report = {"seeds": [figures], "judge": "j", "goal": 0.15, "missed": {0: "said"}, "seconds": 1.0}
+    made = figures["made"]
+    assert 0 < made["warm start"]["kept"] < made["warm start"]["trajectories"] == 128
+    assert made["GRPO"]["sampled_tokens"] <= 1.2 * made["SWiRL"]["sampled_tokens"]
     out = io.StringIO()
-    learn.print_learn(report, Console(file=out, width=150))
+    learn.print_learn(report | {"missed": {0: "said"}}, Console(file=out, width=150))
     assert "SWiRL - warm start, accuracy" in out.getvalue() and "seed 0 (missed): said" in out.getvalue()
 
 

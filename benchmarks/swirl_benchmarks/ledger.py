@@ -1,0 +1,200 @@
+"""The reproduction: `swirl bench ledger`. Base, SFT, SWiRL with each filter, and GRPO at equal sampled tokens, side by side.
+
+For each environment and seed one run folder: `swirl run` to the end (warm start, stage 1, SWiRL with the process filter), then its
+rivals from the same warm start: SFT on the same kept trajectories, SWiRL on what the other filters keep, SWiRL on fewer trajectories, and
+GRPO until it has sampled as many tokens as SWiRL, stage 1 included. All are measured on the same unseen questions of every environment
+named, so what is learned on one and helps on another is seen too. What cannot be trained (a filter that leaves nothing, outcomes that
+are all alike) stands in the table with its reason. Everything is skipped where it is done already: the same command goes on.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from swirl_agents.judges import open_judge
+from swirl_algos import stages
+from swirl_algos.configs import GrpoConfig, SftConfig, SwirlConfig, TrainerConfig
+from swirl_algos.filters import keep
+from swirl_algos.launch import WARM_START, Launch, none_left
+from swirl_algos.launch import train as learn
+
+from swirl_benchmarks import evaluate
+from swirl_benchmarks.metrics import Estimate, paired_difference, process_score
+from swirl_benchmarks.run import RunConfig, maker, parts, run
+from swirl_env.env import ToolEnv
+from swirl_env.io import read
+from swirl_env.types import Trajectory
+
+
+@dataclass(frozen=True)
+class LedgerConfig:
+    """Sizes of the reproduction; the defaults are a grid for a GPU."""
+
+    envs: tuple[str, ...] = ("swirl/GSM8K-v0", "swirl/HotPotQA-v0")
+    """trained on each, measured on all"""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """of everything that is drawn"""
+    model: str = "smollm2-135m"
+    """base model"""
+    tasks: int = 1000
+    """training questions for stage 1, and as many unseen ones (as many as there are, if fewer)"""
+    samples: int = 5
+    """trajectories a question"""
+    demonstrations: int = 500
+    """for the warm start"""
+    filters: tuple[str, ...] = ("process", "none", "outcome", "both")
+    """of SWiRL; process always runs"""
+    limits: tuple[int, ...] = (100, 1000)
+    """kept trajectories that SWiRL also learns from alone; those above what was kept are left out"""
+    grpo_updates: int = 500
+    """of GRPO at most; it ends at SWiRL's tokens"""
+    judge: str = "rules"
+    """as in swirl run"""
+    sft: SftConfig = field(default_factory=SftConfig)
+    swirl: SwirlConfig = field(default_factory=SwirlConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+def ledger(config: LedgerConfig, out: Path, console: Console) -> dict[str, Any]:
+    """Run, or go on with, the whole grid in `out`; returns its figures: `rows`, one an environment, seed and policy.
+
+    Raises:
+        ConfigError: a folder there holds a run with another config.
+    """
+    rows: list[dict[str, Any]] = []
+    for env in config.envs:
+        for seed in config.seeds:
+            rows += _one(config, env, seed, out / f"{env.rpartition('/')[2].lower()}-seed{seed}", console)
+    return {"config": asdict(config), "rows": rows}
+
+
+def _one(config: LedgerConfig, env: str, seed: int, folder: Path, console: Console) -> list[dict[str, Any]]:
+    own = RunConfig(
+        env, config.model, config.tasks, config.samples, config.demonstrations, judge=config.judge, seed=seed, sft=config.sft,
+        swirl=config.swirl, trainer=config.trainer,
+    )  # fmt: skip
+    run(own, folder, console)
+    kept = len(list(read(folder / "kept.jsonl", Trajectory)))
+    made = [("base", ""), (WARM_START, ""), ("swirl", "")]
+    made.append(("sft", _try("sft", Launch(folder, name="sft", seed=seed, trainer=config.trainer), config.sft)))
+    for name in config.filters:
+        if name != "process":
+            launch = Launch(folder, name=f"swirl-{name}", filter=name, seed=seed, trainer=config.trainer)
+            made.append((f"swirl-{name}", _try("swirl", launch, config.swirl)))
+    for limit in config.limits:
+        if limit < kept:
+            launch = Launch(folder, name=f"swirl-{limit}", limit=limit, seed=seed, trainer=config.trainer)
+            made.append((f"swirl-{limit}", _try("swirl", launch, config.swirl)))
+    rival = GrpoConfig(
+        learning_rate=config.swirl.learning_rate, beta=config.swirl.beta, max_new_tokens=config.swirl.max_new_tokens,
+        updates=config.grpo_updates, token_budget=tokens_of(folder),
+    )  # fmt: skip
+    made.append(("grpo", _try("grpo", Launch(folder, name="grpo", seed=seed, trainer=config.trainer), rival)))
+    rows = []
+    for elsewhere in config.envs:
+        warm: list[Trajectory] = []
+        for name, why_not in made:
+            row = {"trained_on": env, "measured_on": elsewhere, "seed": seed, "policy": name}
+            if why_not:
+                rows.append(row | {"not_trained": why_not})
+                continue
+            acted, figures = _measure(replace(own, env=elsewhere), folder, name)
+            warm = acted if name == WARM_START else warm
+            if warm:
+                row["over_warm_start"] = {
+                    "outcome": asdict(paired_difference(warm, acted, lambda one: one.outcome)),
+                    "process": asdict(paired_difference(warm, acted, process_score)),
+                }
+            rows.append(row | figures)
+    return rows
+
+
+def _try(algorithm: str, launch: Launch, config: Any) -> str:
+    """Train; "" or the sentence that says why that cannot be."""
+    from swirl_algos.checkpoints import TrainingError
+
+    if launch.filter is not None:
+        source = launch.run / "judged.jsonl"
+        result = keep(launch.filter, read(source, Trajectory))
+        if not result.kept:
+            return none_left(launch.filter, result, source)
+    try:
+        learn(algorithm, launch, config)
+    except TrainingError as error:
+        return str(error)
+    return ""
+
+
+def tokens_of(folder: Path) -> int:
+    """Tokens that SWiRL sampled, stage 1 included."""
+    acted = sum(
+        len(step.tokens.action_ids)
+        for one in read(folder / "trajectories.jsonl", Trajectory)
+        for step in one.steps
+        if step.tokens is not None
+    )
+    lines = (folder / "training" / "swirl" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return acted + sum(json.loads(line)["sampled_tokens"] for line in lines)
+
+
+def _measure(config: RunConfig, folder: Path, name: str) -> tuple[list[Trajectory], dict[str, Any]]:
+    """A policy's episodes on the unseen questions of an environment, judged; and their figures."""
+    train, test = maker(config, "train"), maker(config, "test")
+    envs = train().unwrapped, test().unwrapped
+    assert isinstance(envs[0], ToolEnv) and isinstance(envs[1], ToolEnv)
+    unseen = parts(config, *envs)[2]
+    place = folder / "eval" / config.env.rpartition("/")[2].lower()
+    acted_file = place / f"{name}.unjudged.jsonl"
+
+    def policy() -> Any:
+        from swirl_agents.local import LocalPolicy
+        from swirl_agents.models import load_model
+
+        model, tokenizer = load_model(config.model if name == "base" else str(folder / name))
+        return LocalPolicy(
+            model, tokenizer, name=name, temperature=config.eval_temperature, max_new_tokens=config.swirl.max_new_tokens, seed=config.seed
+        )  # fmt: skip
+
+    there = {one.task.id for one in read(acted_file, Trajectory)}
+    if there >= set(unseen):
+        acted = [one for one in read(acted_file, Trajectory) if one.task.id in set(unseen)]
+    else:
+        acted = stages.generate(
+            test, policy(), unseen, acted_file, seed=config.seed, batch_size=config.batch_size, name=f"evaluate {name} on {config.env}"
+        )  # fmt: skip
+    judged = stages.judge(acted, open_judge(config.judge), place / f"{name}.jsonl", config.unknown_limit)
+    figures = evaluate.report(test(), name, judged)
+    return judged, {key: figures[key] for key in ("n", "outcome", "process", "metrics", "malformed", "steps")}
+
+
+def print_ledger(report: dict[str, Any], console: Console) -> None:
+    """A table an environment trained and measured on: a row a policy and seed."""
+    rows: Sequence[dict[str, Any]] = report["rows"]
+    for trained, measured in dict.fromkeys((row["trained_on"], row["measured_on"]) for row in rows):
+        table = Table(title=f"trained on {trained}, measured on {measured}", title_justify="left")
+        for heading in (
+            "policy",
+            "seed",
+            "questions",
+            "outcome",
+            "process score",
+            "over warm start: outcome",
+            "process",
+        ):
+            table.add_column(heading, justify="left" if heading == "policy" else "right")
+        for row in rows:
+            if (row["trained_on"], row["measured_on"]) != (trained, measured):
+                continue
+            if "not_trained" in row:
+                table.add_row(row["policy"], str(row["seed"]), "", row["not_trained"].partition(". ")[0], "", "", "")
+                continue
+            over = row.get("over_warm_start") if row["policy"] != WARM_START else None
+            table.add_row(
+                row["policy"], str(row["seed"]), str(row["n"]), str(Estimate(**row["outcome"])), str(Estimate(**row["process"])),
+                *(str(Estimate(**over[what])) if over else "" for what in ("outcome", "process")),
+            )  # fmt: skip
+        console.print(table)

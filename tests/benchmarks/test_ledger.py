@@ -1,0 +1,52 @@
+"""The reproduction's grid, with a tiny model and a judge that is pleased by even letters."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+from swirl_algos.configs import SftConfig, SwirlConfig, TrainerConfig
+from swirl_benchmarks.ledger import LedgerConfig, ledger, print_ledger, tokens_of
+
+from swirl_env.errors import ConfigError
+
+JUDGE = """
+from swirl_env.types import Verdict
+
+class Even:
+    name, uses_gold = "even@1", False
+
+    def __call__(self, views):
+        return [Verdict(0.5 + len(view.action.text) % 2 / 2, "", self.name) for view in views]
+"""
+
+
+def test_the_grid_goes_on_and_tells_what_could_not_be_trained(tiny, tmp_path, monkeypatch):
+    (tmp_path / "evenly.py").write_text(JUDGE)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = LedgerConfig(
+        envs=("swirl/GSM8K-v0", "swirl/HotPotQA-v0"), seeds=(0,), model=str(tiny), tasks=3, samples=1, demonstrations=2, filters=("process", "outcome"),
+        limits=(1, 100), grpo_updates=2, judge="evenly:Even", sft=SftConfig(epochs=1), trainer=TrainerConfig(tracker="none"),
+        swirl=SwirlConfig(samples=2, batch_size=1, max_new_tokens=8),
+    )  # fmt: skip
+    out, said = tmp_path / "ledger", io.StringIO()
+    console = Console(file=said, width=200)
+    small = ledger(LedgerConfig(**vars(config) | {"envs": config.envs[:1]}), out, console)
+    made = {row["policy"]: row for row in small["rows"]}
+    assert list(made) == ["base", "warm_start", "swirl", "sft", "swirl-outcome", "swirl-1", "grpo"]
+    assert "leaves none of the 3 trajectories" in made["swirl-outcome"]["not_trained"]
+    assert "All advantages" in made["grpo"]["not_trained"]
+    assert made["sft"]["over_warm_start"]["process"]["mean"] == pytest.approx(
+        made["sft"]["process"]["mean"] - made["warm_start"]["process"]["mean"]
+    )
+    folder = out / "gsm8k-v0-seed0"
+    lines = (folder / "training" / "swirl" / "metrics.jsonl").read_text().splitlines()
+    assert tokens_of(folder) > sum(json.loads(line)["sampled_tokens"] for line in lines) > 0
+    weights = (folder / "swirl-1" / "model.safetensors").stat().st_mtime_ns
+    again = ledger(LedgerConfig(**vars(config) | {"envs": config.envs[:1]}), out, console)
+    assert again == small
+    assert (folder / "swirl-1" / "model.safetensors").stat().st_mtime_ns == weights
+    print_ledger(small, console)
+    assert "trained on swirl/GSM8K-v0, measured on swirl/GSM8K-v0" in said.getvalue()
+    with pytest.raises(ConfigError, match="another config"):
+        ledger(LedgerConfig(**vars(config) | {"tasks": 2}), out, console)
