@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from swirl_algos.folders import complete
+from swirl_algos.sharding import gathered, shared_out
 from swirl_env.errors import SwirlError
 
 OPTIMIZER, STATE = "optimizer.safetensors", "trainer.json"
@@ -67,22 +68,41 @@ def fingerprint(model) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def save_model(model, tokenizer, folder: Path) -> None:
-    """A model folder for `from_pretrained`; of a model with adapters, the adapter for `PeftModel.from_pretrained`."""
-    model.save_pretrained(folder, safe_serialization=True)
+def save_model(model, tokenizer, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """A model folder for `from_pretrained`; of a model with adapters, the adapter for `PeftModel.from_pretrained`. `weights`: all of
+    them, where the model's own are shares."""
+    model.save_pretrained(folder, safe_serialization=True, **({} if weights is None else {"state_dict": weights}))
     tokenizer.save_pretrained(folder)
 
 
-def save(folder: Path, update: int, model, tokenizer, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def moments(model, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """AdamW's state by parameter name, whole; where layers are shared out to be called in all processes."""
+    return {
+        f"{name}.{key}": gathered(value.detach()).contiguous()
+        for name, parameter in _trained(model)
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def put_moments(tensors: dict[str, torch.Tensor], model, optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimiser its state back, each process its share."""
+    for name, parameter in _trained(model):
+        found = {key.removeprefix(f"{name}."): tensors[key] for key in tensors if key.rpartition(".")[0] == name}
+        if found:
+            optimizer.state[parameter] = {
+                key: value if key == "step" else shared_out(value, parameter) for key, value in found.items()
+            }
+
+
+def save(
+    folder: Path, update: int, model, tokenizer, weights: dict[str, torch.Tensor] | None, moments: dict[str, torch.Tensor],
+    state: dict[str, Any],
+) -> None:  # fmt: skip
     """Write `update-N` (N: the next update) and remove older ones."""
 
     def write(part: Path) -> None:
-        save_model(model, tokenizer, part)
-        tensors = {}
-        for name, parameter in _trained(model):
-            for key, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"{name}.{key}"] = value.detach().contiguous()
-        save_file(tensors, part / OPTIMIZER)
+        save_model(model, tokenizer, part, weights)
+        save_file(moments, part / OPTIMIZER)
         (part / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
 
     name = f"update-{update:06d}"
@@ -92,13 +112,12 @@ def save(folder: Path, update: int, model, tokenizer, optimizer: torch.optim.Opt
             shutil.rmtree(old, ignore_errors=True)
 
 
-def load(checkpoint: Path, model, optimizer: torch.optim.Optimizer, expected: dict[str, Any]) -> dict[str, Any]:
-    """Put model and optimiser where they were; returns `trainer.json`.
+def load(checkpoint: Path, model, expected: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Put a model, all of it, where it was; returns `trainer.json` and what `put_moments` takes.
 
     Args:
         checkpoint: an `update-N` folder.
         model: of the same family and shapes.
-        optimizer: over its trained parameters.
         expected: values that `trainer.json` must hold, such as the model's `fingerprint`.
 
     Raises:
@@ -116,13 +135,7 @@ def load(checkpoint: Path, model, optimizer: torch.optim.Optimizer, expected: di
         _load_weights(checkpoint, model)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise TrainingError(f"{checkpoint} cannot be read: {error}. Remove it to begin from the start.") from error
-    for name, parameter in _trained(model):
-        found = {key.removeprefix(f"{name}."): tensors[key] for key in tensors if key.rpartition(".")[0] == name}
-        if found:
-            optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in found.items()
-            }
-    return state
+    return state, tensors
 
 
 def _trained(model):

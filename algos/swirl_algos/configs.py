@@ -20,6 +20,9 @@ class TrainerConfig:
     """mixed precision of the model's passes; none: as accelerate launch says, else fp32"""
     gradient_checkpointing: bool = False
     """activations are computed again in the backward pass: less memory, about a third slower"""
+    shard: bool = False
+    """each process holds a share of every layer, gradient and moment (FSDP2), for models too large for one card; also what `accelerate
+    launch --use_fsdp` asks for"""
     lora_rank: int = 0
     """rank of LoRA adapters on all linear layers (needs peft); 0: all weights are trained"""
     lora_alpha: int | None = None

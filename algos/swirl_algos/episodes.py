@@ -201,13 +201,13 @@ def learn_online(
     batches = list(questions(tasks, config.updates, config.batch_size, trainer.seed))
     try:
         for update in trainer.updates(len(batches), algorithm, config, tasks):
-            trainer.model.eval()
             batch = batches[update]
             first = [
                 batch[:i].count(task) * config.samples for i, task in enumerate(batch)
             ]  # few tasks: one comes up again
             asked = [[(task, g + n) for n in range(config.samples)] for task, g in zip(batch, first, strict=True)]
-            mine = player.play([number for group in trainer.mine(asked) for number in group], update)
+            with trainer.acting():
+                mine = player.play([number for group in trainer.mine(asked) for number in group], update)
             acts = [act for part in trainer.gather([episode.acts for episode in mine]) for act in part]
             outcomes = trainer.gather([(episode.outcome, len(episode.acts)) for episode in mine])
             trainer.record(acts)

@@ -57,11 +57,12 @@ class PolicyGradient:
             return np.zeros(count)
         model, tau, k1_M = self.trainer.model, self.config.temperature, np.zeros(count)
         with self.trainer.autocast():
-            for pack in self.packs(trees):
+            for pack, counts in self.trainer.in_step(self.packs(trees)):
                 ours_N = tree.logprobs(model, pack, tau)
                 with tree.frozen(model, self.reference):
                     theirs_N = tree.logprobs(self.reference, pack, tau)
-                k1_M += np.bincount(pack.action_N.cpu(), (ours_N - theirs_N).double().cpu(), count)
+                if counts:
+                    k1_M += np.bincount(pack.action_N.cpu(), (ours_N - theirs_N).double().cpu(), count)
         return self.beta * k1_M
 
     def update(
@@ -87,16 +88,16 @@ class PolicyGradient:
         over = set(tree.over_budget(trees, config.row_tokens))
         scored = [g for g, a in enumerate(actions) if len(a) and g not in over and not np.isnan(advantages_M[g])]
         self._warn(len(over))
-        counts = trainer.total({
+        counted = trainer.total({
             "scored": len(scored), "over_budget": len(over), "tokens": sum(len(actions[g]) for g in scored),
             "signal": int(np.count_nonzero(np.abs(advantages_M[scored]) > SIGNAL)), "units": len(scored) if units is None else units,
         })  # fmt: skip
-        metrics: dict[str, Any] = {name: int(counts[name]) for name in ("scored", "over_budget", "tokens")}
-        trainer.check_signal(int(counts["signal"]))
-        if not counts["scored"]:
+        metrics: dict[str, Any] = {name: int(counted[name]) for name in ("scored", "over_budget", "tokens")}
+        trainer.check_signal(int(counted["signal"]))
+        if not counted["scored"]:
             return metrics
         own_M = np.array([len(action) for action in actions]) if lengths_M is None else lengths_M
-        weights_M = token_weights(config.length, own_M, config.max_new_tokens, int(counts["units"]), metrics["tokens"])
+        weights_M = token_weights(config.length, own_M, config.max_new_tokens, int(counted["units"]), metrics["tokens"])
         known_M = np.zeros(len(actions), bool)
         known_M[scored] = True
         weigh = partial(torch.tensor, dtype=torch.float32, device=model.device)
@@ -106,7 +107,7 @@ class PolicyGradient:
         old: Iterable[torch.Tensor | None] = repeat(None)
         if config.passes > 1:
             with trainer.autocast():
-                old = [tree.logprobs(model, pack, config.temperature) for pack in self.packs(kept)]
+                old = [tree.logprobs(model, pack, config.temperature) for pack, _ in trainer.in_step(self.packs(kept))]
         for _ in range(config.passes):
             # of tokens: KL, entropy, |ratio - 1|, clipped; and the loss
             sums = torch.zeros(5, dtype=torch.float64)
@@ -136,10 +137,12 @@ class PolicyGradient:
                 return value
 
             with trainer.autocast(), trainer.checkpointing():
-                for pack, old_N in zip(self.packs(kept), old, strict=False):
-                    row_tokens += pack.tokens
-                    action_N = torch.tensor(numbers[pack.action_N.cpu()], device=model.device)
-                    closure = partial(loss, old_N=old_N, action_N=action_N)
+                for (pack, counts), old_N in zip(trainer.in_step(self.packs(kept)), old, strict=False):
+                    closure: Callable[[tree.Terms], torch.Tensor] = tree.nothing
+                    if counts:
+                        row_tokens += pack.tokens
+                        action_N = torch.tensor(numbers[pack.action_N.cpu()], device=model.device)
+                        closure = partial(loss, old_N=old_N, action_N=action_N)
                     tree.backward(
                         model, self.reference, pack, closure, config.temperature, exact=kl == "exact", entropy=config.entropy > 0
                     )  # fmt: skip

@@ -95,8 +95,8 @@ def train(
     batches = shuffled_batches(usable, config.epochs, config.batch_size, trainer.seed)
     for update in trainer.updates(len(batches), "swirl", config, content(usable)):
         batch = trainer.mine(batches[update])
-        trainer.model.eval()  # also for the gradient: dropout would take that of another policy
-        sampled = list(sample_candidates(policy, batch, judge, grammar, config, trainer.seed, update))
+        with trainer.acting():
+            sampled = list(sample_candidates(policy, batch, judge, grammar, config, trainer.seed, update))
         policy.free()  # its keys and values are dead after this update, and the update needs the room
         trees = branches(policy.renderer, batch, sampled)
         penalty = iter(gradient.penalty(trees))

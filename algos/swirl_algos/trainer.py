@@ -33,16 +33,19 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from swirl_agents.local import LocalPolicy
 from swirl_agents.rollout import draw_seed
+from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from swirl_algos import checkpoints
+from swirl_algos import checkpoints, sharding, tree
 from swirl_algos.checkpoints import TrainingError
 from swirl_algos.configs import TrainerConfig
 from swirl_algos.folders import digest, flat
+from swirl_algos.tree import Pack
 from swirl_env.errors import ConfigError
 from swirl_env.io import Writer, write_text
 
 Item = TypeVar("Item")
+DOES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 FLAT_UPDATES = 20
 """Updates from the start without one advantage that is not 0, after which training stops."""
 
@@ -85,16 +88,18 @@ class Trainer:
         )  # fmt: skip
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
-        self.model = _with_adapters(model.to(self.accelerator.device), config, seed)
-        self._fresh = _fresh_adapter(self.model)
-        if self.accelerator.distributed_type not in (
-            DistributedType.NO,
-            DistributedType.MULTI_CPU,
-            DistributedType.MULTI_GPU,
-        ):
+        self.sharded = self.world > 1 and (config.shard or self.accelerator.distributed_type == DistributedType.FSDP)
+        # shared out when training begins: until then a model that no card holds stays where it is
+        self.model = _with_adapters(model if self.sharded else model.to(self.accelerator.device), config, seed)
+        if self.sharded and _stacked(self.model):
             raise ConfigError(
-                f"accelerate launch asks for {self.accelerator.distributed_type.value}, which this trainer does not do: each process holds "
-                "the whole model. Use --multi_gpu or --cpu, and --trainer.lora-rank or --trainer.gradient-checkpointing where memory is short."
+                "An adapter on top of an adapter cannot be shared out: merge the first (swirl export model) and start there."
+            )
+        self._fresh = _fresh_adapter(self.model)
+        if self.accelerator.distributed_type not in DOES:
+            raise ConfigError(
+                f"accelerate launch asks for {self.accelerator.distributed_type.value}, which this trainer does not do. Use --multi_gpu, or "
+                "--use_fsdp where a model is too large for one card."
             )
         if self.accelerator.mixed_precision not in ("no", "bf16"):
             raise ConfigError(
@@ -140,6 +145,24 @@ class Trainer:
         return self.accelerator.autocast()
 
     @contextmanager
+    def acting(self) -> Iterator[None]:
+        """The model as a policy, which each process asks as often as it needs."""
+        self.model.eval()  # also for the gradient: dropout would take that of another policy
+        with sharding.whole(self.model):
+            yield
+
+    def in_step(self, packs: Iterable[Pack]) -> Iterator[tuple[Pack, bool]]:
+        """(row, whether it counts): where layers are shared out, every process makes as many passes, the last ones for nothing."""
+        if not self.sharded:
+            yield from ((pack, True) for pack in packs)
+            return
+        own = list(packs)
+        yield from ((pack, True) for pack in own)
+        least = [tree.State(np.zeros(1, int), [np.zeros(1, int)])]
+        for _ in range(max(self.gather([len(own)])) - len(own)):
+            yield from ((pack, False) for pack in tree.plain([least], 8, self.accelerator.device))
+
+    @contextmanager
     def checkpointing(self) -> Iterator[None]:
         """Layers compute their activations again, if that is configured, while all else of the model is in eval mode."""
         layers = [one for one in self.model.modules() if isinstance(one, GradientCheckpointingLayer)]
@@ -175,10 +198,6 @@ class Trainer:
         Raises:
             TrainingError: the checkpoint in the folder is of another model or run.
         """
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            trained, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=self.config.weight_decay
-        )
         facts = {
             "algorithm": algorithm,
             "model": checkpoints.fingerprint(self.model),
@@ -189,7 +208,18 @@ class Trainer:
         facts |= {name: value for name, value in asdict(self.config).items() if name not in ("save_every", "tracker")}
         facts |= asdict(config)
         self.count, self._moved = count, True
-        first = self._resume(facts)
+        first, moments = self._resume(facts)
+        if self.sharded:
+            dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None
+            for model in {
+                id(one): one for one in (self.model, vars(self).get("reference")) if one is not None
+            }.values():
+                sharding.shard(model, self.accelerator.device, self.world, dtype)
+        self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            sharding.groups(self._trained), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=self.config.weight_decay
+        )  # fmt: skip
+        checkpoints.put_moments(moments, self.model, self.optimizer)
         self._began = time.monotonic()
         try:
             for update in range(first, count):
@@ -230,13 +260,16 @@ class Trainer:
             TrainingError: the loss or the gradient is not finite; the parameters are left as they were.
         """
         loss = self.total({"loss": loss})["loss"]
-        trained = self.optimizer.param_groups[0]["params"]
         if self.world > 1:
-            for parameter in trained:
+            for parameter in self._trained:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
-        norm = float(torch.nn.utils.clip_grad_norm_(trained, self.config.max_grad_norm))
+                if not isinstance(parameter, DTensor):  # whose gradient is a sum already
+                    parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
+        gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
+        alike, own = sharding.squares(gradients)
+        norm = math.sqrt(alike + self.total({"squares": own})["squares"]) if self.sharded else math.sqrt(alike)
+        sharding.cut_to(gradients, norm, self.config.max_grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.optimizer.zero_grad(set_to_none=True)
             raise TrainingError(
@@ -275,9 +308,10 @@ class Trainer:
 
     def save_model(self, folder: Path) -> None:
         """Write the model (or its adapter) whole or not at all; checkpoints are no longer needed then."""
+        weights = self._weights()
         if self.main:
             checkpoints.write_folder(
-                folder, lambda part: checkpoints.save_model(_portable(self.model), self.tokenizer, part)
+                folder, lambda part: checkpoints.save_model(_portable(self.model), self.tokenizer, part, weights)
             )
             if self.folder:
                 shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
@@ -295,20 +329,28 @@ class Trainer:
 
     def _save(self, update: int, facts: Mapping[str, Any]) -> None:
         assert self.folder is not None
+        weights, moments = self._weights(), checkpoints.moments(self.model, self.optimizer)
         if self.main:
             state = {"update": update, **facts, "kept": self.kept, "flat": self._flat}
             checkpoints.save(
-                self.folder / "checkpoints", update, self.model, self.tokenizer, self.optimizer, json.loads(json.dumps(state))
+                self.folder / "checkpoints", update, self.model, self.tokenizer, weights, moments, json.loads(json.dumps(state))
             )  # fmt: skip
         self.accelerator.wait_for_everyone()
 
-    def _resume(self, facts: Mapping[str, Any]) -> int:
+    def _weights(self) -> dict[str, torch.Tensor] | None:
+        """All of the model, where layers are shared out; to be called in all processes."""
+        if not self.sharded:
+            return None
+        return {name: sharding.gathered(tensor).cpu() for name, tensor in self.model.state_dict().items()}
+
+    def _resume(self, facts: Mapping[str, Any]) -> tuple[int, dict[str, torch.Tensor]]:
+        """(the first update to make, AdamW's moments)"""
         if self.folder is None:
-            return 0
+            return 0, {}
         found = checkpoints.latest(self.folder / "checkpoints")
-        first = 0
+        first, moments = 0, dict[str, torch.Tensor]()
         if found is not None:
-            state = checkpoints.load(found, self.model, self.optimizer, json.loads(json.dumps(facts)))
+            state, moments = checkpoints.load(found, self.model, json.loads(json.dumps(facts)))
             first, self.kept, self._flat = state["update"], state["kept"], state["flat"]
         shown = {name: value for name, value in flat(facts).items() if isinstance(value, (int, float, str, bool))}
         # what TensorBoard has of later updates is not shown again
@@ -318,7 +360,7 @@ class Trainer:
             for name in ("metrics.jsonl", "candidates.jsonl"):
                 cut(self.folder / name, first)
         self.accelerator.wait_for_everyone()
-        return first
+        return first, moments
 
 
 def cut(path: Path, update: int) -> None:
@@ -374,9 +416,14 @@ def _with_adapters(model, config: TrainerConfig, seed: int):
 
 def _portable(model):
     """What is saved of a trained model: an adapter alone only where it fits on a model that others can load, else all of it merged."""
-    if hasattr(model, "peft_config") and (Path(model.get_base_model().name_or_path) / "adapter_config.json").exists():
-        return copy.deepcopy(model).merge_and_unload()
-    return model
+    return copy.deepcopy(model).merge_and_unload() if _stacked(model) else model
+
+
+def _stacked(model) -> bool:
+    """Whether a model has an adapter on top of a merged one."""
+    return (
+        hasattr(model, "peft_config") and (Path(model.get_base_model().name_or_path) / "adapter_config.json").exists()
+    )
 
 
 def _fresh_adapter(model) -> bool:
