@@ -83,7 +83,8 @@ class LocalPolicy:
         """Give back the memory of keys and values; they are made again when asked for. (New weights are noticed; call this where
         weights were changed through `parameter.data`.)"""
         with self.lock:
-            self._engine.free()
+            if "_engine" in vars(self):
+                self._engine.free()
 
     @cached_property
     def _engine(self) -> Engine | Batches:

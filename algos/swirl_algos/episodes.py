@@ -89,7 +89,7 @@ class Player:
         if not numbers:
             return []
         envs = self._sized(len(numbers))
-        bases = [env.unwrapped for env in envs.envs]
+        bases = [env.unwrapped for env in envs.envs if isinstance(env.unwrapped, ToolEnv)]
         _, info = envs.reset(
             seed=draw_seed(self.seed, update) >> 32, options={"task_id": [task for task, _ in numbers]}
         )

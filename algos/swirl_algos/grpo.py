@@ -18,6 +18,7 @@ import numpy as np
 
 from swirl_algos.advantages import advantages
 from swirl_algos.configs import GrpoConfig
+from swirl_algos.diagnostics import flat
 from swirl_algos.episodes import Episode, learn_online
 from swirl_algos.policy_gradient import PolicyGradient
 from swirl_algos.trainer import Trainer
@@ -42,6 +43,8 @@ def train(trainer: Trainer, make_env: Callable[[], gym.Env], tasks: Sequence[str
         outcomes = np.array([np.nan if episode.outcome is None else episode.outcome for episode in episodes])
         costs = np.array([sum(next(penalty) for _ in episode.acts) for episode in episodes])
         groups = [slice(g, g + config.samples) for g in range(0, len(episodes), config.samples)]
+        learnable = len(groups) - flat([one for one in outcomes[group] if not np.isnan(one)] for group in groups)
+        trainer.check_signal(int(trainer.total({"learnable": learnable})["learnable"]))
         values = [
             value for group in groups for value in advantages(outcomes[group], config.baseline, config.normalise, costs[group])
         ]  # fmt: skip

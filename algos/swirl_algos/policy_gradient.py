@@ -21,9 +21,6 @@ from swirl_algos.configs import PolicyConfig
 from swirl_algos.losses import adapted, kl_loss, policy_loss, token_weights
 from swirl_algos.trainer import Trainer
 
-SIGNAL = 1e-6
-"""Advantages within this are 0 but for rounding."""
-
 
 class PolicyGradient:
     """The shared update of one training.
@@ -46,9 +43,9 @@ class PolicyGradient:
         """Weight of the KL term; it moves where there is a target."""
         return self.trainer.kept.get("beta", self.config.beta)
 
-    def packs(self, trees: Sequence[tree.Tree]) -> Iterator[tree.Pack]:
-        """The rows, one at a time: laid out anew at each pass, so that the masks of one are held and not those of all."""
-        return self.lay_out(trees, self.config.row_tokens, self.trainer.model.device)
+    def passes(self, trees: Sequence[tree.Tree]) -> Iterator[tuple[tree.Pack, bool]]:
+        """As `Trainer.passes`: laid out anew each time, so that the masks of one row are held and not those of all."""
+        return self.trainer.passes(self.lay_out, trees, self.config.row_tokens)
 
     def penalty(self, trees: Sequence[tree.Tree]) -> np.ndarray:
         """float[M]: beta times k1, sum_t log pi - log pi_ref, of each action; to be taken off its reward where `kl = "reward"`."""
@@ -57,7 +54,7 @@ class PolicyGradient:
             return np.zeros(count)
         model, tau, k1_M = self.trainer.model, self.config.temperature, np.zeros(count)
         with self.trainer.autocast():
-            for pack, counts in self.trainer.in_step(self.packs(trees)):
+            for pack, counts in self.passes(trees):
                 ours_N = tree.logprobs(model, pack, tau)
                 with tree.frozen(model, self.reference):
                     theirs_N = tree.logprobs(self.reference, pack, tau)
@@ -90,10 +87,9 @@ class PolicyGradient:
         self._warn(len(over))
         counted = trainer.total({
             "scored": len(scored), "over_budget": len(over), "tokens": sum(len(actions[g]) for g in scored),
-            "signal": int(np.count_nonzero(np.abs(advantages_M[scored]) > SIGNAL)), "units": len(scored) if units is None else units,
+            "units": len(scored) if units is None else units,
         })  # fmt: skip
         metrics: dict[str, Any] = {name: int(counted[name]) for name in ("scored", "over_budget", "tokens")}
-        trainer.check_signal(int(counted["signal"]))
         if not counted["scored"]:
             return metrics
         own_M = np.array([len(action) for action in actions]) if lengths_M is None else lengths_M
@@ -107,7 +103,7 @@ class PolicyGradient:
         old: Iterable[torch.Tensor | None] = repeat(None)
         if config.passes > 1:
             with trainer.autocast():
-                old = [tree.logprobs(model, pack, config.temperature) for pack, _ in trainer.in_step(self.packs(kept))]
+                old = [tree.logprobs(model, pack, config.temperature) for pack, _ in self.passes(kept)]
         for _ in range(config.passes):
             # of tokens: KL, entropy, |ratio - 1|, clipped; and the loss
             sums = torch.zeros(5, dtype=torch.float64)
@@ -137,7 +133,7 @@ class PolicyGradient:
                 return value
 
             with trainer.autocast(), trainer.checkpointing():
-                for (pack, counts), old_N in zip(trainer.in_step(self.packs(kept)), old, strict=False):
+                for (pack, counts), old_N in zip(self.passes(kept), old, strict=False):
                     closure: Callable[[tree.Terms], torch.Tensor] = tree.nothing
                     if counts:
                         row_tokens += pack.tokens

@@ -18,6 +18,7 @@ import numpy as np
 
 from swirl_algos.advantages import advantages, returns
 from swirl_algos.configs import ReinforceConfig
+from swirl_algos.diagnostics import flat
 from swirl_algos.episodes import Episode, learn_online
 from swirl_algos.policy_gradient import PolicyGradient
 from swirl_algos.trainer import Trainer
@@ -47,10 +48,11 @@ def train(trainer: Trainer, make_env: Callable[[], gym.Env], tasks: Sequence[str
             ))
         ]  # fmt: skip
         everyone = trainer.gather([[(trainer.rank, place, *one) for place, one in enumerate(mine)]])
-        flat = [one for part in everyone for one in part]
+        acts = [one for part in everyone for one in part]
         found = np.full(len(mine), np.nan)
-        for step in {one[2] for one in flat}:
-            here = [one for one in flat if one[2] == step]
+        groups = [[one for one in acts if one[2] == step] for step in {one[2] for one in acts}]
+        trainer.check_signal(len(groups) - flat([one[3] for one in here if not np.isnan(one[3])] for here in groups))
+        for here in groups:
             scores, costs = (np.array([one[part] for one in here]) for part in (3, 4))
             values = advantages(scores, config.baseline, config.normalise, costs)
             for (rank, place, *_), value in zip(here, values, strict=True):

@@ -77,7 +77,7 @@ def train(trainer: Trainer, trajectories: Sequence[Trajectory], config: SftConfi
             return value
 
         with trainer.autocast():
-            for pack, counts in trainer.in_step(lay_out(trees, config.row_tokens, model.device)):
+            for pack, counts in trainer.passes(lay_out, trees, config.row_tokens):
                 tree.backward(model, None, pack, loss if counts else tree.nothing)
         trainer.log(trainer.step(total) | {"tokens": tokens, "too_long": len(encoded) - len(fitting)})
 

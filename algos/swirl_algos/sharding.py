@@ -2,7 +2,7 @@
 
 A pass gathers one layer after another and frees it behind itself; on the way back gradients are summed over the processes and
 each keeps those of its share, and so the optimiser's state. What lies outside the layers (embeddings, output head, last norm) is whole in
-every process. All processes gather at the same time, so they must make as many passes: `Trainer.in_step` sees to that in updates.
+every process. All processes gather at the same time, so they must make as many passes: `Trainer.passes` sees to that in updates.
 Sampling takes as many passes as its episodes need, which differ: `whole` gathers all layers once for it.
 """
 
@@ -30,8 +30,10 @@ def shard(model, device: torch.device, processes: int, dtype: torch.dtype | None
     mesh = init_device_mesh(device.type, (processes,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in [one for one in model.modules() if isinstance(one, GradientCheckpointingLayer)]:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-        layer.set_gradient_divide_factor(1.0)  # losses are shares of the whole batch's: gradients add up
+        shared = fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        assert isinstance(shared, FSDPModule)
+        shared.set_gradient_divide_factor(1.0)  # losses are shares of the whole batch's: gradients add up,
+        shared.set_force_sum_reduction_for_comms(True)  # which gloo too can do
     model.to(device)
 
 

@@ -108,6 +108,7 @@ def train(
             "states": len(everyone), "too_long": sum(not group for group in everyone),
             "flat_states": flat([one.score for one in group] for group in everyone if group), **of_actions(drawn),
         }  # fmt: skip
+        trainer.check_signal(sum(map(bool, everyone)) - metrics["flat_states"])
         values = [one.advantage for group in groups for one in group]
         metrics |= gradient.update(trees, np.array([np.nan if value is None else value for value in values]))
         trainer.log(metrics)

@@ -40,11 +40,11 @@ from swirl_algos import checkpoints, sharding, tree
 from swirl_algos.checkpoints import TrainingError
 from swirl_algos.configs import TrainerConfig
 from swirl_algos.folders import digest, flat
-from swirl_algos.tree import Pack
 from swirl_env.errors import ConfigError
 from swirl_env.io import Writer, write_text
 
 Item = TypeVar("Item")
+LayOut = Callable[[Sequence[tree.Tree], int, torch.device], Iterator[tree.Pack]]
 DOES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 FLAT_UPDATES = 20
 """Updates from the start without one advantage that is not 0, after which training stops."""
@@ -151,16 +151,19 @@ class Trainer:
         with sharding.whole(self.model):
             yield
 
-    def in_step(self, packs: Iterable[Pack]) -> Iterator[tuple[Pack, bool]]:
-        """(row, whether it counts): where layers are shared out, every process makes as many passes, the last ones for nothing."""
+    def passes(self, lay_out: LayOut, trees: Sequence[tree.Tree], row_tokens: int) -> Iterator[tuple[tree.Pack, bool]]:
+        """(row, whether it counts), one at a time. Where layers are shared out, every process makes as many passes of the same kind, the
+        last ones for nothing."""
+        packs = lay_out(trees, row_tokens, self.accelerator.device)
         if not self.sharded:
             yield from ((pack, True) for pack in packs)
             return
         own = list(packs)
+        missing = max(self.gather([len(own)])) - len(own)
         yield from ((pack, True) for pack in own)
-        least = [tree.State(np.zeros(1, int), [np.zeros(1, int)])]
-        for _ in range(max(self.gather([len(own)])) - len(own)):
-            yield from ((pack, False) for pack in tree.plain([least], 8, self.accelerator.device))
+        least = tree.State(np.zeros(1, int), [np.zeros(1, int)])
+        for _ in range(missing):
+            yield from ((pack, False) for pack in lay_out([[least]], row_tokens, self.accelerator.device))
 
     @contextmanager
     def checkpointing(self) -> Iterator[None]:
@@ -284,9 +287,9 @@ class Trainer:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
         }
 
-    def check_signal(self, advantages: int) -> None:
-        """Stop where there is nothing to learn from: `advantages` of this update (of all processes) are not 0."""
-        self._flat = self._flat and not advantages
+    def check_signal(self, groups: int) -> None:
+        """Stop where there is nothing to learn from: in so many groups of this update (of all processes) rewards differ."""
+        self._flat = self._flat and not groups
         last = self.update + 1 == self.count or self.kept.get("spent", 0.0) >= 1
         if self._flat and (last or self.update + 1 == FLAT_UPDATES):
             raise TrainingError(

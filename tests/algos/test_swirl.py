@@ -120,7 +120,7 @@ def first_update(model, reference, trees, advantages, config):
     trainer.reference = reference
     gradient = PolicyGradient(trainer, config)
     [metrics] = [
-        gradient.update(trees, advantages) for _ in trainer.updates(1, "test", replace(config, learning_rate=0.0))
+        gradient.update(trees, advantages) for _ in trainer.updates(1, "test", replace(config, learning_rate=0.0), [])
     ]
     return metrics
 

@@ -11,6 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from swirl_agents.models import load_model
 from swirl_agents.rollout import rollout
 from swirl_agents.scripted import oracle
@@ -439,15 +440,24 @@ class Silent:
         return [Verdict(None, "?", self.name) for _ in views]
 
 
+class Thinking(gym.ActionWrapper):
+    """Makes a thought of any text: one that is malformed is scored without asking."""
+
+    def action(self, action):
+        return f"<think>{action}</think>"
+
+
 @pytest.mark.parametrize(
     ("reward", "gold", "known"), [("process", True, False), ("outcome", True, True), ("outcome", False, False)]
 )
-def test_what_is_unknown_is_no_reward_of_zero(reward, gold, known):
+def test_what_is_unknown_is_no_reward_of_zero(reward, gold, known, monkeypatch):
     def make():
-        env = gym.make("swirl/GSM8K-v0", max_steps=2, reward=reward, judge=Silent())
-        if not gold:
-            env.unwrapped.task_set.outcome = lambda task, answer: None
-        return env
+        env = gym.make("swirl/GSM8K-v0", max_steps=2, reward=reward)
+        env.unwrapped.set_judge(Silent())
+        return Thinking(env)
+
+    if not gold:
+        monkeypatch.setattr(type(ENV.task_set), "outcome", lambda self, task, answer: None)
 
     acts = []
     trainer = Trainer(tiny_model(TOKENIZER), TOKENIZER)
@@ -461,8 +471,9 @@ def test_what_is_unknown_is_no_reward_of_zero(reward, gold, known):
 
 def test_wrappers_may_end_episodes_and_judges_are_asked_about_real_actions_alone():
     def make():
-        env = gym.make("swirl/GSM8K-v0", max_steps=9, judge=Silent())
-        env = gym.wrappers.TimeLimit(env, 1 + len(made) % 3)
+        env = gym.make("swirl/GSM8K-v0", max_steps=9)
+        env.unwrapped.set_judge(Silent())
+        env = gym.wrappers.TimeLimit(Thinking(env), 1 + len(made) % 3)
         made.append(env)
         return env
 
@@ -545,7 +556,7 @@ if trainer.main:
 
 def in_processes(count, *arguments):
     """What they print, with as many processes on the CPU."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     settings = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *map(str, arguments)], capture_output=True, text=True, timeout=250, env=settings)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -590,9 +601,12 @@ def lines_of(folder):
     return lines(folder / "metrics.jsonl")
 
 
-def test_what_accelerate_is_asked_for_and_the_trainer_does_not_do_is_told(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises((ConfigError, ValueError), match="fp16"):
+@pytest.mark.parametrize(
+    ("what", "value"), [("distributed_type", DistributedType.DEEPSPEED), ("mixed_precision", "fp16")]
+)
+def test_what_accelerate_is_asked_for_and_the_trainer_does_not_do_is_told(what, value, monkeypatch):
+    monkeypatch.setattr(f"swirl_algos.trainer.Accelerator.{what}", property(lambda self: value))
+    with pytest.raises(ConfigError, match="accelerate launch asks for (DEEPSPEED|fp16)"):
         Trainer(tiny_model(TOKENIZER), TOKENIZER)
 
 
