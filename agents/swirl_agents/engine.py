@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache
 
 from swirl_agents.attention import attending, differ, grouped, in_eval_mode, obstacle
@@ -109,8 +110,8 @@ class Engine:
     def __init__(self, model, sample: Sample, *, batch_tokens: int, cache_tokens: int):
         self.model, self.sample, self.batch_tokens = model, sample, batch_tokens
         self.store = PrefixStore(cache_tokens)
-        self.static = model.device.type == "cuda"
-        """Whether steps without newcomers take static shapes."""
+        self.static = model.device.type == "cuda" and not any(isinstance(one, FSDPModule) for one in model.modules())
+        """Whether steps without newcomers take static shapes; not where layers are shared out, whose hooks no graph could capture."""
         self._version: tuple[Any, ...] = ()
         self._waiting: list[tuple[Request, list[Any]]] = []  # and those of its rows that wait
         self._slots: list[_Slot] = []

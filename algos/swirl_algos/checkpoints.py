@@ -13,6 +13,7 @@ then, so a process that is killed, or a full disk, leaves the last good one.
 import json
 import shutil
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ OPTIMIZER, STATE = "optimizer.safetensors", "trainer.json"
 
 class TrainingError(SwirlError, RuntimeError):
     """Training cannot go on; what was saved before is intact."""
+
+
+class NothingToLearn(TrainingError):
+    """No reward set an action apart from its siblings."""
 
 
 def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
@@ -59,12 +64,13 @@ def latest(folder: Path) -> Path | None:
 
 
 def fingerprint(model) -> dict[str, Any]:
-    """What tells one model from another, whatever its weights: its family and the shapes of its trained parameters."""
+    """What tells one model from another: its family, the shapes of its trained parameters, and some of all its weights."""
     shapes = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    some = b"".join(p.detach().flatten()[:64].float().cpu().numpy().tobytes() for p in model.parameters())
     config = model.config.get_text_config()
     return {
         "family": config.model_type, "vocabulary": config.vocab_size, "layers": config.num_hidden_layers,
-        "trained_parameters": sum(torch.Size(shape).numel() for shape in shapes.values()), "trained_tensors": len(shapes),
+        "trained_parameters": sum(torch.Size(shape).numel() for shape in shapes.values()), "trained_tensors": len(shapes), "start": sha256(some).hexdigest()[:8],
     }  # fmt: skip
 
 
@@ -75,13 +81,14 @@ def save_model(model, tokenizer, folder: Path, weights: dict[str, torch.Tensor] 
     tokenizer.save_pretrained(folder)
 
 
-def moments(model, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """AdamW's state by parameter name, whole; where layers are shared out to be called in all processes."""
-    return {
-        f"{name}.{key}": gathered(value.detach()).contiguous()
+def moments(model, optimizer: torch.optim.Optimizer, main: bool = True) -> dict[str, torch.Tensor]:
+    """AdamW's state by parameter name, whole, in the main process; where layers are shared out to be called in all."""
+    state = {
+        f"{name}.{key}": value.detach()
         for name, parameter in _trained(model)
         for key, value in optimizer.state.get(parameter, {}).items()
     }
+    return gathered(state, main)
 
 
 def put_moments(tensors: dict[str, torch.Tensor], model, optimizer: torch.optim.Optimizer) -> None:

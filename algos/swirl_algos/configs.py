@@ -1,7 +1,8 @@
 """Settings of the algorithms; importable without torch, so that a command line can show them."""
 
-from dataclasses import dataclass
-from typing import Literal
+import os
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class TrainerConfig:
     gradient_checkpointing: bool = False
     """activations are computed again in the backward pass: less memory, about a third slower"""
     shard: bool = False
-    """each process holds a share of every layer, gradient and moment (FSDP2), for models too large for one card; also what `accelerate
-    launch --use_fsdp` asks for"""
+    """each process holds a share of every layer's weights, gradients and moments (FSDP2); also what accelerate launch --use_fsdp asks
+    for. To sample, each card gathers all layers, in bf16 if that is the precision"""
     lora_rank: int = 0
     """rank of LoRA adapters on all linear layers (needs peft); 0: all weights are trained"""
     lora_alpha: int | None = None
@@ -31,6 +32,20 @@ class TrainerConfig:
     """updates between checkpoints to go on from; 0: only the end is saved"""
     tracker: str = "auto"
     """tensorboard, wandb, trackio, several joined by commas, none, or auto: tensorboard where it is installed"""
+
+
+def lasting(config: Any) -> dict[str, Any]:
+    """A config as JSON values, without those settings of its trainer that do not change the result."""
+    values = asdict(config)
+    for trainer in (values, values.get("trainer", {})):
+        for name in ("save_every", "tracker", "shard"):
+            trainer.pop(name, None)
+    return values
+
+
+def asks_for_shares(config: TrainerConfig) -> bool:
+    """Whether layers are to be shared out, by the config or by the command that launched the processes."""
+    return config.shard or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ A trajectory with an unknown verdict is neither good nor bad: `keep` sets it asi
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from swirl_env.errors import UnknownNameError, near
+from swirl_env.errors import ConfigError, UnknownNameError, near
 from swirl_env.types import Filter, Trajectory
 
 
@@ -37,6 +37,10 @@ _NEEDS: dict[str, Callable[[Trajectory], bool]] = {
     "outcome": lambda t: t.outcome is not None,
 }
 _NEEDS["both"] = lambda t: _NEEDS["process"](t) and _NEEDS["outcome"](t)
+
+
+class NothingKept(ConfigError):
+    """A filter left nothing to train on."""
 
 
 @dataclass(frozen=True, slots=True)

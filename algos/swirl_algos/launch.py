@@ -21,8 +21,16 @@ from swirl_agents.scripted import SCRIPTED
 from tyro.conf import Positional
 
 from swirl_algos import stages
-from swirl_algos.configs import GrpoConfig, ReinforceConfig, SftConfig, SwirlConfig, TrainerConfig
-from swirl_algos.filters import FILTERS, Kept, keep
+from swirl_algos.configs import (
+    GrpoConfig,
+    ReinforceConfig,
+    SftConfig,
+    SwirlConfig,
+    TrainerConfig,
+    asks_for_shares,
+    lasting,
+)
+from swirl_algos.filters import FILTERS, Kept, NothingKept, keep
 from swirl_algos.folders import claim, complete, content, digest, read_claim
 from swirl_env.client import PREFIX
 from swirl_env.env import ToolEnv
@@ -107,7 +115,7 @@ def train(algorithm: str, launch: Launch, config: Any, open_judge: Callable[[str
     trajectories = chosen(launch, folder)
     start = launch.model or _start(folder, recorded, trajectories)
     judge_name = None if algorithm == "sft" else launch.judge or recorded.get("judge") or "rules"
-    settings = {"algorithm": algorithm, **asdict(launch), "run": launch.run.name, **asdict(config)} | {
+    settings = {"algorithm": algorithm, **lasting(launch), "run": launch.run.name, **lasting(config)} | {
         "model": os.path.relpath(start, folder) if Path(start).exists() else start, "judge": judge_name,
         "trajectories": f"{len(trajectories)} ({digest(content(trajectories))})",
     }  # fmt: skip
@@ -151,7 +159,7 @@ def chosen(launch: Launch, folder: Path) -> list[Trajectory]:
     if launch.filter is not None or source.name.startswith("judged"):
         result = keep(launch.filter or "process", found)
         if not result.kept and found:
-            raise ConfigError(none_left(launch.filter or "process", result, source))
+            raise NothingKept(none_left(launch.filter or "process", result, source))
         found = result.kept
     if not found:
         raise ConfigError(f"There is no trajectory to train on in {source}. Generate more, or use another --filter.")
@@ -226,6 +234,8 @@ def _rounds(
             with _Progress(name if config.rounds == 1 else f"{name}, round {round}") as log:
                 trainer = _trainer(start, launch, place if config.rounds == 1 else place / f"round-{round}", log)
                 states = trajectories
+                if config.beta:
+                    trainer.reference  # noqa: B018  the checkpoint of this round's start, before anything acts
                 if round:
                     states = _again(trainer, launch, config, trajectories, judge, round, place / f"round-{round}")
                 swirl.train(trainer, states, judge, grammar, config)
@@ -245,10 +255,11 @@ def _again(
     samples = 1 + max(one.sample for one in recorded)
     part = f"-{trainer.rank}" if trainer.world > 1 else ""
     policy = trainer.policy(config.temperature, config.max_new_tokens)
-    acted = stages.generate(
-        env_of(recorded[0], None, "outcome"), policy, trainer.mine(tasks), place / f"trajectories{part}.jsonl", samples=samples,
-        seed=launch.seed, round=round, name=f"generate, round {round}",
-    )  # fmt: skip
+    with trainer.acting():
+        acted = stages.generate(
+            env_of(recorded[0], None, "outcome"), policy, trainer.mine(tasks), place / f"trajectories{part}.jsonl", samples=samples,
+            seed=launch.seed, round=round, name=f"generate, round {round}",
+        )  # fmt: skip
     policy.free()
     judged = trainer.gather(stages.judge(acted, judge, place / f"judged{part}.jsonl"))
     judged.sort(key=lambda one: one.key)  # in the same order, however many processes acted
@@ -266,7 +277,9 @@ def _trainer(start: str, launch: Launch, place: Path, log: Callable[[dict], None
 
     from swirl_algos.trainer import Trainer
 
-    model, tokenizer = load_model(start, training=True)
+    # a model to be shared out may be too large for one card; of several processes each has its own card
+    card = "cpu" if asks_for_shares(launch.trainer) and "LOCAL_RANK" in os.environ else local_card()
+    model, tokenizer = load_model(start, card, training=True)
     return Trainer(model, tokenizer, launch.trainer, folder=place, seed=launch.seed, log=log)
 
 
@@ -303,6 +316,10 @@ def _check(launch: Launch, config: Any) -> None:
         raise ConfigError(f"limit must be at least 1, got {launch.limit}.")
     check_config(config)
     check_config(launch.trainer, "trainer.")
+    if getattr(config, "rounds", 1) > 1 and launch.trainer.lora_rank and asks_for_shares(launch.trainer):
+        raise ConfigError(
+            "Several rounds with adapters cannot be shared out: each begins on the adapter of the one before. Leave one out."
+        )
 
 
 def check_config(config: Any, prefix: str = "") -> None:
@@ -331,12 +348,24 @@ def check_config(config: Any, prefix: str = "") -> None:
     for name in ("discount", "warmup"):
         if not 0 <= values.get(name, 0) <= 1:
             raise ConfigError(f"{prefix}{name} must lie in [0, 1], got {values[name]}.")
+    if values.get("kl") == "reward" and not values["beta"]:
+        raise ConfigError(
+            f"{prefix}kl is reward, and {prefix}beta is 0: there is no penalty. Give a beta, or leave out kl."
+        )
     if values.get("kl_target") is not None and not values["beta"]:
         raise ConfigError(f"{prefix}kl_target adapts beta, which is 0 here: give a beta to begin with, such as 0.02.")
     if values.get("samples") == 1 and values["batch_size"] == 1:
         raise ConfigError(
             f"{prefix}samples and {prefix}batch_size are both 1: an action needs another to be compared with."
         )
+
+
+def local_card() -> str | None:
+    """The GPU of this process, where one launcher started several; `None`: the default."""
+    import torch
+
+    rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else None
 
 
 def _first_process() -> bool:

@@ -76,7 +76,7 @@ def train(trainer: Trainer, trajectories: Sequence[Trajectory], config: SftConfi
             total += float(value.detach())
             return value
 
-        with trainer.autocast():
+        with trainer.autocast(), trainer.checkpointing():
             for pack, counts in trainer.passes(lay_out, trees, config.row_tokens):
                 tree.backward(model, None, pack, loss if counts else tree.nothing)
         trainer.log(trainer.step(total) | {"tokens": tokens, "too_long": len(encoded) - len(fitting)})

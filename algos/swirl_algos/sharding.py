@@ -3,11 +3,12 @@
 A pass gathers one layer after another and frees it behind itself; on the way back gradients are summed over the processes and
 each keeps those of its share, and so the optimiser's state. What lies outside the layers (embeddings, output head, last norm) is whole in
 every process. All processes gather at the same time, so they must make as many passes: `Trainer.passes` sees to that in updates.
-Sampling takes as many passes as its episodes need, which differ: `whole` gathers all layers once for it.
+Sampling takes as many passes as its episodes need, which differ: `whole` gathers all layers once for it, so a card must hold the model in the
+precision of its passes (bf16: 2 bytes a weight), while what is at rest (weights, gradients, moments: 16 bytes a weight) is shared.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from swirl_env.errors import ConfigError
 
 
 def shard(model, device: torch.device, processes: int, dtype: torch.dtype | None) -> None:
@@ -26,10 +29,16 @@ def shard(model, device: torch.device, processes: int, dtype: torch.dtype | None
         device: of this process.
         processes: among which its layers are shared.
         dtype: that layers are gathered and run in; `None`: that of the weights.
+
+    Raises:
+        ConfigError: a model whose layers are not those of transformers.
     """
     mesh = init_device_mesh(device.type, (processes,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for layer in [one for one in model.modules() if isinstance(one, GradientCheckpointingLayer)]:
+    layers = [one for one in model.modules() if isinstance(one, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError(f"{type(model).__name__} has no layers that could be shared out: leave out --trainer.shard.")
+    for layer in layers:
         shared = fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         assert isinstance(shared, FSDPModule)
         shared.set_gradient_divide_factor(1.0)  # losses are shares of the whole batch's: gradients add up,
@@ -52,9 +61,14 @@ def whole(model) -> Iterator[None]:
             layer.reshard()
 
 
-def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor; to be called in all processes."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def gathered(tensors: Mapping[str, torch.Tensor], main: bool) -> dict[str, torch.Tensor]:
+    """All of them whole, on the CPU of the main process and nowhere else; one is gathered at a time. To be called in all processes."""
+    found = {}
+    for name, one in tensors.items():
+        whole_one = one.full_tensor() if isinstance(one, DTensor) else one
+        if main:
+            found[name] = whole_one.cpu().contiguous()
+    return found
 
 
 def shared_out(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

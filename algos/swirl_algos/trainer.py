@@ -21,8 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,11 +33,12 @@ from accelerate.utils import DistributedType, gather_object
 from swirl_agents.local import LocalPolicy
 from swirl_agents.rollout import draw_seed
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from swirl_algos import checkpoints, sharding, tree
-from swirl_algos.checkpoints import TrainingError
-from swirl_algos.configs import TrainerConfig
+from swirl_algos.checkpoints import NothingToLearn, TrainingError
+from swirl_algos.configs import TrainerConfig, asks_for_shares, lasting
 from swirl_algos.folders import digest, flat
 from swirl_env.errors import ConfigError
 from swirl_env.io import Writer, write_text
@@ -84,30 +84,28 @@ class Trainer:
         trackers = _trackers(config.tracker) if folder else []
         self.accelerator = Accelerator(
             mixed_precision=config.precision, log_with=trackers or None, project_dir=folder,
-            cpu=model.device.type == "cpu",
+            cpu=model.device.type == "cpu" and not asks_for_shares(config),
         )  # fmt: skip
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
-        self.sharded = self.world > 1 and (config.shard or self.accelerator.distributed_type == DistributedType.FSDP)
-        # shared out when training begins: until then a model that no card holds stays where it is
+        if self.accelerator.distributed_type not in DOES:
+            raise ConfigError(
+                f"accelerate launch asks for {self.accelerator.distributed_type.value}, which this trainer does not do. Use --multi_gpu, or "
+                "--use_fsdp where memory is short."
+            )
+        if self.accelerator.mixed_precision not in ("no", "bf16"):
+            raise ConfigError(
+                f"accelerate launch asks for {self.accelerator.mixed_precision}, in which small gradients vanish. Use bf16 or no."
+            )
+        self.sharded = self.world > 1 and asks_for_shares(config)
+        self._shared_out = False
+        # layers go to their cards when they are shared out: until then a model that no card holds stays where it is
         self.model = _with_adapters(model if self.sharded else model.to(self.accelerator.device), config, seed)
         if self.sharded and _stacked(self.model):
             raise ConfigError(
                 "An adapter on top of an adapter cannot be shared out: merge the first (swirl export model) and start there."
             )
         self._fresh = _fresh_adapter(self.model)
-        if self.accelerator.distributed_type not in DOES:
-            raise ConfigError(
-                f"accelerate launch asks for {self.accelerator.distributed_type.value}, which this trainer does not do. Use --multi_gpu, or "
-                "--use_fsdp where a model is too large for one card."
-            )
-        if self.accelerator.mixed_precision not in ("no", "bf16"):
-            raise ConfigError(
-                f"accelerate launch asks for {self.accelerator.mixed_precision}, in which small gradients vanish. Use bf16 or no."
-            )
-        if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            self.model.enable_input_require_grads()
         self.kept: dict[str, Any] = {}
         """What an algorithm wants to find again after a restart, as JSON."""
         self.update, self._moved = 0, False
@@ -120,7 +118,7 @@ class Trainer:
     def reference(self) -> Any:
         """pi_ref: the checkpoint that training starts from, to be asked for before `updates`. A model whose fresh adapter does nothing
         yet is its own, with the adapter off."""
-        assert not self._moved, "the weights are no longer those of the start"
+        assert not (self._moved or self._shared_out), "the weights are no longer those of the start"
         return self.model if self._fresh else copy.deepcopy(self.model).requires_grad_(False).eval()
 
     def policy(self, temperature: float, max_new_tokens: int) -> LocalPolicy:
@@ -147,6 +145,7 @@ class Trainer:
     @contextmanager
     def acting(self) -> Iterator[None]:
         """The model as a policy, which each process asks as often as it needs."""
+        self._share_out()
         self.model.eval()  # also for the gradient: dropout would take that of another policy
         with sharding.whole(self.model):
             yield
@@ -160,22 +159,24 @@ class Trainer:
             return
         own = list(packs)
         missing = max(self.gather([len(own)])) - len(own)
-        yield from ((pack, True) for pack in own)
+        while own:
+            yield own.pop(0), True  # with its masks it is gone when the next one comes
         least = tree.State(np.zeros(1, int), [np.zeros(1, int)])
         for _ in range(missing):
             yield from ((pack, False) for pack in lay_out([[least]], row_tokens, self.accelerator.device))
 
     @contextmanager
     def checkpointing(self) -> Iterator[None]:
-        """Layers compute their activations again, if that is configured, while all else of the model is in eval mode."""
+        """Layers compute their activations again on the way back, if that is configured, whatever mode the model is in."""
         layers = [one for one in self.model.modules() if isinstance(one, GradientCheckpointingLayer)]
+        layers = layers if self.config.gradient_checkpointing else []
         for layer in layers:
-            layer.training = self.config.gradient_checkpointing
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         try:
             yield
         finally:
             for layer in layers:
-                layer.training = False
+                del layer.forward
 
     def gather(self, items: Sequence[Item]) -> list[Item]:
         """The items of all processes, in the order of the processes."""
@@ -199,7 +200,7 @@ class Trainer:
             data: what is trained on, as JSON; training goes on only with the same.
 
         Raises:
-            TrainingError: the checkpoint in the folder is of another model or run.
+            TrainingError: the checkpoint in the folder is of another model (its starting weights included) or run.
         """
         facts = {
             "algorithm": algorithm,
@@ -208,16 +209,10 @@ class Trainer:
             "seed": self.seed,
             "data": digest(data),
         }
-        facts |= {name: value for name, value in asdict(self.config).items() if name not in ("save_every", "tracker")}
-        facts |= asdict(config)
+        facts |= lasting(self.config) | lasting(config)
         self.count, self._moved = count, True
         first, moments = self._resume(facts)
-        if self.sharded:
-            dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None
-            for model in {
-                id(one): one for one in (self.model, vars(self).get("reference")) if one is not None
-            }.values():
-                sharding.shard(model, self.accelerator.device, self.world, dtype)
+        self._share_out()
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             sharding.groups(self._trained), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=self.config.weight_decay
@@ -292,7 +287,7 @@ class Trainer:
         self._flat = self._flat and not groups
         last = self.update + 1 == self.count or self.kept.get("spent", 0.0) >= 1
         if self._flat and (last or self.update + 1 == FLAT_UPDATES):
-            raise TrainingError(
+            raise NothingToLearn(
                 f"All advantages of the first {self.update + 1} updates are 0 or unknown, so there was nothing to learn: the actions "
                 "sampled at each state all scored the same. Use a judge that tells them apart, a higher temperature, or a warm start "
                 "that now and then succeeds. (Is the judge answering?)"
@@ -332,7 +327,7 @@ class Trainer:
 
     def _save(self, update: int, facts: Mapping[str, Any]) -> None:
         assert self.folder is not None
-        weights, moments = self._weights(), checkpoints.moments(self.model, self.optimizer)
+        weights, moments = self._weights(), checkpoints.moments(self.model, self.optimizer, self.main)
         if self.main:
             state = {"update": update, **facts, "kept": self.kept, "flat": self._flat}
             checkpoints.save(
@@ -340,11 +335,21 @@ class Trainer:
             )  # fmt: skip
         self.accelerator.wait_for_everyone()
 
+    def _share_out(self) -> None:
+        """Give each process its share of the layers, if that is asked for; `reference` must be there by now."""
+        if self.sharded and not self._shared_out:
+            self._shared_out = True
+            dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None
+            for model in {
+                id(one): one for one in (self.model, vars(self).get("reference")) if one is not None
+            }.values():
+                sharding.shard(model, self.accelerator.device, self.world, dtype)
+
     def _weights(self) -> dict[str, torch.Tensor] | None:
         """All of the model, where layers are shared out; to be called in all processes."""
         if not self.sharded:
             return None
-        return {name: sharding.gathered(tensor).cpu() for name, tensor in self.model.state_dict().items()}
+        return sharding.gathered(self.model.state_dict(), self.main)
 
     def _resume(self, facts: Mapping[str, Any]) -> tuple[int, dict[str, torch.Tensor]]:
         """(the first update to make, AdamW's moments)"""

@@ -362,9 +362,12 @@ def backward(
         entropy: whether the loss reads `entropy_n`, which then has a gradient.
     """
     if pack.layout is None:
+        own = _own_logits(
+            model, pack
+        )  # the model first, as below: processes that share layers gather them in one order
         with frozen(model, reference):
             target = None if reference is None else _own_logits(reference, pack)
-        loss(_terms(_own_logits(model, pack), target, pack, slice(None), temperature, exact, entropy)).backward()
+        loss(_terms(own, target, pack, slice(None), temperature, exact, entropy)).backward()
         return
     with attending(model, pack.layout):
         hidden_ND = _hidden(model, pack)

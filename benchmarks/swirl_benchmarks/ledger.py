@@ -18,15 +18,16 @@ from rich.table import Table
 from swirl_agents.judges import open_judge
 from swirl_algos import stages
 from swirl_algos.configs import GrpoConfig, SftConfig, SwirlConfig, TrainerConfig
-from swirl_algos.filters import keep
-from swirl_algos.launch import WARM_START, Launch, none_left
+from swirl_algos.filters import NothingKept
+from swirl_algos.launch import WARM_START, Launch
 from swirl_algos.launch import train as learn
 
 from swirl_benchmarks import evaluate
 from swirl_benchmarks.metrics import Estimate, paired_difference, process_score
 from swirl_benchmarks.run import RunConfig, maker, parts, run
 from swirl_env.env import ToolEnv
-from swirl_env.io import read
+from swirl_env.errors import ConfigError
+from swirl_env.io import read, write_text
 from swirl_env.types import Trajectory
 
 
@@ -77,14 +78,22 @@ def _one(config: LedgerConfig, env: str, seed: int, folder: Path, console: Conso
         env, config.model, config.tasks, config.samples, config.demonstrations, judge=config.judge, seed=seed, sft=config.sft,
         swirl=config.swirl, trainer=config.trainer,
     )  # fmt: skip
-    run(own, folder, console)
-    kept = len(list(read(folder / "kept.jsonl", Trajectory)))
-    made = [("base", ""), (WARM_START, ""), ("swirl", "")]
-    made.append(("sft", _try("sft", Launch(folder, name="sft", seed=seed, trainer=config.trainer), config.sft)))
+    if config.swirl.rounds > 1:
+        raise ConfigError("The ledger compares one round: leave out --swirl.rounds.")
+    from swirl_algos.checkpoints import NothingToLearn
+
+    try:
+        run(own, folder, console)
+        lost = ""
+    except (NothingKept, NothingToLearn) as error:
+        lost = str(error)
+    made = [("base", ""), (WARM_START, ""), ("swirl", lost)]
+    made.append(("sft", lost or _try("sft", Launch(folder, name="sft", seed=seed, trainer=config.trainer), config.sft)))
     for name in config.filters:
         if name != "process":
             launch = Launch(folder, name=f"swirl-{name}", filter=name, seed=seed, trainer=config.trainer)
             made.append((f"swirl-{name}", _try("swirl", launch, config.swirl)))
+    kept = len(list(read(folder / "kept.jsonl", Trajectory)))
     for limit in config.limits:
         if limit < kept:
             launch = Launch(folder, name=f"swirl-{limit}", limit=limit, seed=seed, trainer=config.trainer)
@@ -93,12 +102,18 @@ def _one(config: LedgerConfig, env: str, seed: int, folder: Path, console: Conso
         learning_rate=config.swirl.learning_rate, beta=config.swirl.beta, max_new_tokens=config.swirl.max_new_tokens,
         updates=config.grpo_updates, token_budget=tokens_of(folder),
     )  # fmt: skip
-    made.append(("grpo", _try("grpo", Launch(folder, name="grpo", seed=seed, trainer=config.trainer), rival)))
+    everything = (
+        folder / "trajectories.jsonl"
+    )  # GRPO practises all questions, not those that the judge was pleased with
+    made.append(("grpo", _try("grpo", Launch(everything, name="grpo", seed=seed, trainer=config.trainer), rival)))
     rows = []
     for elsewhere in config.envs:
         warm: list[Trajectory] = []
         for name, why_not in made:
-            row = {"trained_on": env, "measured_on": elsewhere, "seed": seed, "policy": name}
+            row: dict[str, Any] = {"trained_on": env, "measured_on": elsewhere, "seed": seed, "policy": name}
+            if name == "grpo" or name.startswith("swirl"):
+                stage_1 = 0 if name == "grpo" else tokens_of(folder) - _trained_tokens(folder, "swirl")
+                row["sampled_tokens"] = stage_1 + _trained_tokens(folder, name)
             if why_not:
                 rows.append(row | {"not_trained": why_not})
                 continue
@@ -114,17 +129,19 @@ def _one(config: LedgerConfig, env: str, seed: int, folder: Path, console: Conso
 
 
 def _try(algorithm: str, launch: Launch, config: Any) -> str:
-    """Train; "" or the sentence that says why that cannot be."""
-    from swirl_algos.checkpoints import TrainingError
+    """Train; "" or the sentence that says why that cannot be, which is kept."""
+    from swirl_algos.checkpoints import NothingToLearn
 
-    if launch.filter is not None:
-        source = launch.run / "judged.jsonl"
-        result = keep(launch.filter, read(source, Trajectory))
-        if not result.kept:
-            return none_left(launch.filter, result, source)
+    folder = launch.run if launch.run.is_dir() else launch.run.parent
+    why_not = folder / "training" / str(launch.name) / "nothing-to-learn.txt"
+    if why_not.exists():
+        return why_not.read_text(encoding="utf-8")
     try:
         learn(algorithm, launch, config)
-    except TrainingError as error:
+    except NothingKept as error:
+        return str(error)
+    except NothingToLearn as error:
+        write_text(why_not, str(error))
         return str(error)
     return ""
 
@@ -137,8 +154,13 @@ def tokens_of(folder: Path) -> int:
         for step in one.steps
         if step.tokens is not None
     )
-    lines = (folder / "training" / "swirl" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return acted + sum(json.loads(line)["sampled_tokens"] for line in lines)
+    return acted + _trained_tokens(folder, "swirl")
+
+
+def _trained_tokens(folder: Path, name: str) -> int:
+    metrics = folder / "training" / name / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    return sum(json.loads(line)["sampled_tokens"] for line in lines)
 
 
 def _measure(config: RunConfig, folder: Path, name: str) -> tuple[list[Trajectory], dict[str, Any]]:
@@ -147,7 +169,8 @@ def _measure(config: RunConfig, folder: Path, name: str) -> tuple[list[Trajector
     envs = train().unwrapped, test().unwrapped
     assert isinstance(envs[0], ToolEnv) and isinstance(envs[1], ToolEnv)
     unseen = parts(config, *envs)[2]
-    place = folder / "eval" / config.env.rpartition("/")[2].lower()
+    own = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]["env"]
+    place = folder / "eval" if config.env == own else folder / "eval" / config.env.rpartition("/")[2].lower()
     acted_file = place / f"{name}.unjudged.jsonl"
 
     def policy() -> Any:
@@ -184,17 +207,20 @@ def print_ledger(report: dict[str, Any], console: Console) -> None:
             "process score",
             "over warm start: outcome",
             "process",
+            "sampled tokens",
         ):
             table.add_column(heading, justify="left" if heading == "policy" else "right")
         for row in rows:
             if (row["trained_on"], row["measured_on"]) != (trained, measured):
                 continue
             if "not_trained" in row:
-                table.add_row(row["policy"], str(row["seed"]), "", row["not_trained"].partition(". ")[0], "", "", "")
+                table.add_row(
+                    row["policy"], str(row["seed"]), "", row["not_trained"].partition(". ")[0], "", "", "", ""
+                )
                 continue
             over = row.get("over_warm_start") if row["policy"] != WARM_START else None
             table.add_row(
                 row["policy"], str(row["seed"]), str(row["n"]), str(Estimate(**row["outcome"])), str(Estimate(**row["process"])),
-                *(str(Estimate(**over[what])) if over else "" for what in ("outcome", "process")),
+                *(str(Estimate(**over[what])) if over else "" for what in ("outcome", "process")), f"{row['sampled_tokens']:,}" if "sampled_tokens" in row else "",
             )  # fmt: skip
         console.print(table)

@@ -18,9 +18,9 @@ from typing import Any
 from rich.console import Console
 from swirl_agents.judges import open_judge
 from swirl_algos import stages
-from swirl_algos.configs import SftConfig, SwirlConfig, TrainerConfig
+from swirl_algos.configs import SftConfig, SwirlConfig, TrainerConfig, lasting
 from swirl_algos.diagnostics import alarm
-from swirl_algos.filters import FILTERS, keep
+from swirl_algos.filters import FILTERS, NothingKept, keep
 from swirl_algos.folders import claim, complete
 from swirl_algos.launch import WARM_START, Launch, check_config, none_left
 from swirl_algos.launch import train as learn
@@ -95,7 +95,7 @@ def run(config: RunConfig, folder: Path, console: Console, command: str = "") ->
     judge = open_judge(config.judge)
     train, test = maker(config, "train"), maker(config, "test")
     train_env, test_env = train().unwrapped, test().unwrapped
-    claim(folder / "run.json", asdict(config), "--out")
+    claim(folder / "run.json", lasting(config), "--out")
     if (folder / "results.json").exists():
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         console.print(f"{folder} is complete.")
@@ -145,7 +145,7 @@ def run(config: RunConfig, folder: Path, console: Console, command: str = "") ->
         f"{kept.unknown} unknown"
     )
     if not kept.kept:
-        raise ConfigError(none_left(config.filter, kept, folder / "judged.jsonl"))
+        raise NothingKept(none_left(config.filter, kept, folder / "judged.jsonl"))
     learn("swirl", Launch(folder, seed=config.seed, trainer=config.trainer), config.swirl, lambda name: judge)
     model.use(folder / "swirl")
     measure("swirl")

@@ -235,6 +235,8 @@ def test_going_on_with_other_trajectories_or_another_clip_of_the_gradient_is_ref
     with pytest.raises(TrainingError, match="its max_grad_norm is 1.0, here it is 0.5"):
         improve(tiny_model(TOKENIZER), tmp_path, settings=replace(SAVING, max_grad_norm=0.5))
     trainer = Trainer(tiny_model(TOKENIZER), TOKENIZER, SAVING, folder=tmp_path, seed=3)
+    with pytest.raises(TrainingError, match="its model is"):
+        improve(tiny_model(TOKENIZER, seed=5), tmp_path)
     with pytest.raises(TrainingError, match="its data is"):
         swirl.train(trainer, GOLD[1:5], EvenLetters(), FreeText(), CONFIG)
 
@@ -297,15 +299,15 @@ def test_a_penalty_in_the_reward_keeps_the_policy_near():
 
 @pytest.mark.parametrize("imitate", [False, True])
 def test_gradient_checkpointing_changes_nothing_but_memory(imitate, monkeypatch):
-    from transformers import modeling_utils
+    from swirl_algos import trainer as module
 
-    final, calls, real = [], [], modeling_utils.checkpoint
+    final, calls, real = [], [], module.checkpoint
 
     def counted(*args, **kwargs):
         calls.append(args)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(modeling_utils, "checkpoint", counted)
+    monkeypatch.setattr(module, "checkpoint", counted)
     for checkpointing in (False, True):
         assert not calls
         seen = []
@@ -318,7 +320,31 @@ def test_gradient_checkpointing_changes_nothing_but_memory(imitate, monkeypatch)
         final.append([one["loss"] for one in seen])
     assert final[0] == pytest.approx(final[1], abs=1e-6)
     assert len(calls) >= len(final[1]) * trainer.model.config.num_hidden_layers
-    assert not any(module.training for module in trainer.model.modules())
+    assert not any(module.training or "forward" in vars(module) for module in trainer.model.modules())
+
+
+def test_gradient_checkpointing_turns_no_dropout_on():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    def model():
+        torch.manual_seed(0)
+        shape = {
+            "hidden_size": 32,
+            "ffn_dim": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "word_embed_proj_dim": 32,
+        }
+        return OPTForCausalLM(
+            OPTConfig(vocab_size=len(TOKENIZER), max_position_embeddings=1024, dropout=0.5, **shape)
+        ).eval()
+
+    seen = []
+    for checkpointing in (False, True):
+        improve(model(), settings=TrainerConfig(gradient_checkpointing=checkpointing), log=seen.append)
+    half = len(seen) // 2
+    assert seen[half]["kl"] == pytest.approx(0, abs=1e-6)
+    assert [one["loss"] for one in seen[:half]] == pytest.approx([one["loss"] for one in seen[half:]], abs=1e-6)
 
 
 def test_an_adapter_on_top_of_an_adapter_is_saved_with_what_it_stands_on(tmp_path):
@@ -531,6 +557,7 @@ world, found = int(os.environ["WORLD_SIZE"]), {{}}
 for name, algorithm, config, data, settings in (
     ("swirl", swirl, replace(CONFIG, batch_size=3), [GOLD[:6], EvenLetters(), FreeText()], {{}}),
     ("swirl with an idle process", swirl, CONFIG, [GOLD[:2], EvenLetters(), FreeText()], {{}}),
+    ("swirl, unequal rows", swirl, replace(CONFIG, batch_size=3, row_tokens=300), [GOLD[:6], EvenLetters(), FreeText()], {{}}),
     ("swirl, twice over", swirl, replace(CONFIG, passes=2, kl="reward", **two), [GOLD[:6], EvenLetters(), FreeText()], {{}}),
     ("swirl with adapters", swirl, replace(CONFIG, **two), [GOLD[:6], EvenLetters(), FreeText()], {{"lora_rank": 2}}),
     ("sft", sft, SftConfig(**two), [GOLD], {{"gradient_checkpointing": True, "max_grad_norm": 0.01}}),

@@ -274,6 +274,8 @@ def test_tools_of_a_wrapper_are_missed_before_anything_is_trained(swirl, tiny, t
         ("swirl", ["--kl-target", 0], "kl_target must be above 0"),
         ("swirl", ["--kl-target", 0.1, "--beta", 0], "kl_target adapts beta, which is 0"),
         ("swirl", ["--trainer.max-grad-norm", 0], "trainer.max_grad_norm must be above 0"),
+        ("swirl", ["--kl", "reward", "--beta", 0], "there is no penalty"),
+        ("swirl", ["--rounds", 2, "--trainer.lora-rank", 2, "--trainer.shard"], "Several rounds with adapters"),
         ("swirl", ["--clip", 0], "clip must be above 0"),
         ("reinforce", ["--discount", 2], "discount must lie in [0, 1]"),
         ("reinforce", ["--samples", 1, "--batch-size", 1], "an action needs another"),
