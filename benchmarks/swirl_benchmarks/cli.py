@@ -174,6 +174,25 @@ def play(
     play_in(evaluate.make(env, **settings), seed=seed, task_id=task)
 
 
+def view(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional], /, *, port: int = 0, open: bool = False,
+) -> None:  # fmt: skip
+    """Browse trajectories in the browser: filter, read, compare, export.
+
+    Example: swirl view runs/demo
+
+    Args:
+        runs: run folders, or files of trajectories (JSONL); several are shown together. They may still grow.
+        port: of 127.0.0.1, which nobody else's machine reaches; 0: a free one.
+        open: open the browser.
+    """
+    from swirl_benchmarks.viewer.server import serve
+
+    if not runs:
+        raise ConfigError("Give at least one run folder or file of trajectories, such as swirl view runs/demo.")
+    serve(runs, port, open)
+
+
 def envs() -> None:
     """List the environments: tasks, tools, step limits."""
     from rich.table import Table
@@ -240,7 +259,7 @@ def export() -> None:
 EXTRAS = dict.fromkeys(("torch", "transformers", "accelerate", "safetensors", "gguf", "tokenizers"), "train") | {
     "matplotlib": "plot",
     "datasets": "export",
-}
+} | dict.fromkeys(("starlette", "uvicorn", "jinja2"), "view")
 """Packages that only some commands need, and the extra that brings them."""
 COMMANDS: dict[str, Callable] = {
     "run": run,
@@ -250,6 +269,7 @@ COMMANDS: dict[str, Callable] = {
     "filter": steps.filter_,
     "train": steps.train,
     "export": export,
+    "view": view,
     "play": play,
     "envs": envs,
     "bench": bench,
