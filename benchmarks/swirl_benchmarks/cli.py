@@ -256,10 +256,14 @@ def export() -> None:
     """Models and trajectories for other programs: swirl export --help."""
 
 
-EXTRAS = dict.fromkeys(("torch", "transformers", "accelerate", "safetensors", "gguf", "tokenizers"), "train") | {
-    "matplotlib": "plot",
-    "datasets": "export",
-} | dict.fromkeys(("starlette", "uvicorn", "jinja2"), "view")
+EXTRAS = (
+    dict.fromkeys(("torch", "transformers", "accelerate", "safetensors", "gguf", "tokenizers"), "train")
+    | {
+        "matplotlib": "plot",
+        "datasets": "export",
+    }
+    | dict.fromkeys(("starlette", "uvicorn", "jinja2"), "view")
+)
 """Packages that only some commands need, and the extra that brings them."""
 COMMANDS: dict[str, Callable] = {
     "run": run,

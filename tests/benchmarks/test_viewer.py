@@ -93,6 +93,7 @@ def page(runs, viewer):
         ("q=2003+film", ["1/0/0"]),  # of a result
         ("q=oder%3F", ["3/0/0"]),  # of a malformed action
         ("q=nowhere", []),
+        ("q=3+rhein", ["3/0/0"]),  # a question's id is a word too
         ("sort=process&run=first", ["1/1/0", "1/0/0", "2/0/0", "3/0/0"]),  # unknown last
         ("sort=-outcome", ["1/0/0", "1/0/0", "1/1/0", "3/0/0", "2/0/0"]),
         ("sort=-steps&run=first", ["1/0/0", "1/1/0", "2/0/0", "3/0/0"]),

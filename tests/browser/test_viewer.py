@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from swirl_env.io import Writer, dumps
 
@@ -59,7 +60,9 @@ def address(tmp_path_factory, made, viewer):
         out.write(made("3", question="Who wrote it?", malformed="He did.", stop="malformed_limit", outcome=0.0))
     with Writer(folder / "second" / "judged.jsonl") as out:
         out.write(made("1", policy="tiny", answer="Ridley Scott", outcome=0.0))
-        out.write(made("x", question=EVIL, query=EVIL, result=EVIL, answer=EVIL, reason=EVIL, policy=EVIL, meta={"m": EVIL}))
+        out.write(
+            made("x", question=EVIL, query=EVIL, result=EVIL, answer=EVIL, reason=EVIL, policy=EVIL, meta={"m": EVIL})
+        )
     with viewer(folder / "first", folder / "second") as process:
         yield process.address
 
@@ -95,7 +98,9 @@ def test_open_and_deep_link(page, chromium, address):
     page.goto(f"{address}/?run=first")
     page.get_by_role("link", name="Who directed Big Fish?").click()
     page.get_by_role("heading", name="Step 3").wait_for()
-    assert page.locator(".verdict").count() == 2 and "GOOD 1.0 by rules@2" in page.locator(".verdict").first.inner_text()
+    assert (
+        page.locator(".verdict").count() == 2 and "GOOD 1.0 by rules@2" in page.locator(".verdict").first.inner_text()
+    )
     text, link = page.inner_text("main"), page.url
     elsewhere = chromium.new_context()
     other = elsewhere.new_page()
@@ -218,7 +223,9 @@ def test_ten_thousand_trajectories(page, tmp_path, made, viewer):
             page.wait_for_url(f"**page={number}")
         assert page.locator(".rows .question a").count() == 100
         server, used = memory(process) - server_before, heap() - heap_before
-    print(f"first paint {paint:.3f} s; over 100 pages the server grew by {server:.1f} MB, the page's heap by {used:.1f} MB")
+    print(
+        f"first paint {paint:.3f} s; over 100 pages the server grew by {server:.1f} MB, the page's heap by {used:.1f} MB"
+    )
     assert paint < 1.0 and server < 60 and used < 60
 
 
@@ -228,10 +235,23 @@ def real(tmp_path_factory, viewer):
     folder = tmp_path_factory.mktemp("real")
     for model in ("oracle", "random"):
         for command in (
-            ["generate", "swirl/HotPotQA-v0", "--model", model, "--tasks", "40", "--samples", "1", "--out", folder / model],
+            [
+                "generate",
+                "swirl/HotPotQA-v0",
+                "--model",
+                model,
+                "--tasks",
+                "40",
+                "--samples",
+                "1",
+                "--out",
+                folder / model,
+            ],
             ["judge", folder / model, "--judge", "rules"],
         ):
-            subprocess.run([sys.executable, "-m", "swirl_benchmarks.cli", *map(str, command)], check=True, capture_output=True)
+            subprocess.run(
+                [sys.executable, "-m", "swirl_benchmarks.cli", *map(str, command)], check=True, capture_output=True
+            )
     with viewer(folder / "oracle", folder / "random") as process:
         yield process.address
 
@@ -243,7 +263,7 @@ def test_pictures(chromium, real, tmp_path, width, theme):
     folder = Path(os.environ.get("SWIRL_PICTURES", tmp_path))
     context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=theme)
     page = context.new_page()
-    page.goto(f"{real}/?stage=judged-rules@2&sort=-steps")
+    page.goto(f"{real}/?stage=judged-rules@2&sort=task")
     addresses = {"list": page.url}
     page.locator(".rows .question a").first.click()
     page.wait_for_url("**/show**")
@@ -254,5 +274,7 @@ def test_pictures(chromium, real, tmp_path, width, theme):
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name
         ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (max(map(int, re.findall(r"\d+", ground))) < 128) == (theme == "dark")
-        page.screenshot(path=folder / f"view-{name}-{width}-{theme}.png")
+        picture = folder / f"view-{name}-{width}-{theme}.png"
+        page.screenshot(path=picture)
+        Image.open(picture).quantize().save(picture, optimize=True)  # small enough for the repository
     context.close()

@@ -89,7 +89,7 @@ class Row:
     unknown: int
     """Verdicts without a score."""
     question: str
-    """The first `CLIP` characters."""
+    """Its beginning, of at most `CLIP` characters."""
     answer: str | None
 
     @property
@@ -440,7 +440,7 @@ def _facts(line: bytes) -> tuple[tuple[Any, ...], str]:
         raise DataError(f"schema {schema} is newer than {SCHEMA}: update swirl-env to see it")
     try:
         task, steps = data["task"], data["steps"]
-        said = [task["question"], *task.get("answers", ())]
+        said = [str(task["id"]), task["question"], *task.get("answers", ())]
         scores, errors, malformed, unknown = [], 0, 0, 0
         for step in steps:
             action, verdict = step["action"], step.get("verdict")
@@ -460,7 +460,7 @@ def _facts(line: bytes) -> tuple[tuple[Any, ...], str]:
         values = (
             _clean(str(task["id"])), int(data.get("sample", 0)), int(data.get("round", 0)), _clean(str(data["env"]["id"])),
             _clean(str(data["policy"])), str(data["stop"]), len(steps), _finite(process), _finite(outcome), errors, malformed,
-            unknown, _clean(task["question"][:CLIP]), None if answer is None else _clean(answer[:CLIP]),
+            unknown, _clip(task["question"]), None if answer is None else _clip(answer),
         )  # fmt: skip
         return values, _clean("\n".join(said))
     except KeyError as error:
@@ -476,6 +476,10 @@ def _finite(number: Any) -> float | None:
 def _clean(text: str) -> str:
     """Without half characters, which no encoding has."""
     return text.encode(errors="replace").decode()
+
+
+def _clip(text: str) -> str:
+    return _clean(text if len(text) <= CLIP else text[: CLIP - 1] + "\u2026")
 
 
 def _words(text: str) -> list[str]:

@@ -91,7 +91,14 @@ class _Pages:
             lstrip_blocks=True,
         )  # fmt: skip
         self.templates.filters |= {"score": _score, "clip": _clip}
-        self.templates.globals |= {"CLIP": CLIP, "MANY": MANY, "FACETS": FACETS, "FLAGS": FLAGS, "RANGES": RANGES, "SORTS": SORTS}
+        self.templates.globals |= {
+            "CLIP": CLIP,
+            "MANY": MANY,
+            "FACETS": FACETS,
+            "FLAGS": FLAGS,
+            "RANGES": RANGES,
+            "SORTS": SORTS,
+        }
 
     def _html(self, name: str, status: int = 200, **values: Any) -> HTMLResponse:
         text = self.templates.get_template(name).render(**values)
