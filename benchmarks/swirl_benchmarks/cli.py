@@ -174,9 +174,7 @@ def play(
     play_in(evaluate.make(env, **settings), seed=seed, task_id=task)
 
 
-def view(
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional], /, *, port: int = 0, open: bool = False,
-) -> None:  # fmt: skip
+def view(runs: Annotated[tuple[Path, ...], tyro.conf.Positional], /, *, port: int = 0, open: bool = False) -> None:
     """Browse trajectories in the browser: filter, read, compare, export.
 
     Example: swirl view runs/demo
@@ -256,14 +254,13 @@ def export() -> None:
     """Models and trajectories for other programs: swirl export --help."""
 
 
-EXTRAS = (
-    dict.fromkeys(("torch", "transformers", "accelerate", "safetensors", "gguf", "tokenizers"), "train")
-    | {
-        "matplotlib": "plot",
-        "datasets": "export",
-    }
-    | dict.fromkeys(("starlette", "uvicorn", "jinja2"), "view")
-)
+EXTRAS = dict.fromkeys(("torch", "transformers", "accelerate", "safetensors", "gguf", "tokenizers"), "train") | {
+    "matplotlib": "plot",
+    "datasets": "export",
+    "starlette": "view",
+    "uvicorn": "view",
+    "jinja2": "view",
+}
 """Packages that only some commands need, and the extra that brings them."""
 COMMANDS: dict[str, Callable] = {
     "run": run,
