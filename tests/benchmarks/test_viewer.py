@@ -271,6 +271,36 @@ def test_an_older_and_a_newer_schema(tmp_path, made, viewer):
     assert "4 lines cannot be shown, such as mixed.jsonl:2: schema 2" in process.said
 
 
+def paths(data, path=()):
+    """Every place in a JSON value."""
+    yield path
+    for key, value in data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ():
+        yield from paths(value, (*path, key))
+
+
+def test_any_value_at_any_place_breaks_nothing(tmp_path, made, viewer):
+    tokens = Tokens(np.array([1], "int32"), np.array([1], bool), np.array([-1], "float32"))
+    whole = dumps(made(malformed="hm", tokens=tokens, meta={"hops": 2}))
+    lines = []
+    for path in paths(json.loads(whole)):
+        for value in (None, 10**30, -1, 10**400, float("inf"), "\ud800", [], {}, [[[]]], True):
+            data = {"": json.loads(whole)}
+            place = data
+            for key in ("", *path)[:-1]:
+                place = place[key]
+            place[("", *path)[-1]] = value
+            lines.append(json.dumps(data[""]))
+    (tmp_path / "all.jsonl").write_text("\n".join(lines) + "\n")
+    index = Index([tmp_path / "all.jsonl"])
+    assert index.count(Selection()) + index.bad()[0] == len(lines) and index.bad()[0] > 100
+    assert b"".join(index.export(Selection())).count(b"\n") == index.count(Selection())
+    with viewer(tmp_path / "all.jsonl") as process, httpx.Client(base_url=process.address) as client:
+        assert client.get("/").status_code == 200
+        for row in index.page(Selection(), 0, 10_000)[::7]:
+            answer = client.get("/show", params=row.place)
+            assert answer.status_code == 200, (answer.text, row)
+
+
 def test_ten_megabytes(tmp_path, made, viewer):
     long = made("long", result="word " * 2_000_000)
     many = made("many", scores=(1.0,) * 5_000, result="w" * 2_000)

@@ -247,12 +247,12 @@ class Index:
     def refresh(self, say: Callable[[int], object] = lambda read: None) -> None:
         """Read what was added to the files, new files, and files that were written anew."""
         with self._lock:
-            self.notes = []
+            notes: list[str] = []
             found: dict[Path, tuple[str, str]] = {}
             for name, run in self.runs.items():
                 paths = [path for path in files_of(run) if path.is_file()]
                 if not paths:
-                    self.notes.append(f"{run} holds no trajectories: none of {', '.join(FILES)} is there.")
+                    notes.append(f"{run} holds no trajectories: none of {', '.join(FILES)} is there.")
                 for path in paths:
                     stage = str(path.relative_to(run)).removesuffix(".jsonl") if run.is_dir() else ""
                     found[path] = (name, stage)
@@ -262,7 +262,8 @@ class Index:
                 try:
                     self._read(path, place, say)
                 except OSError as error:
-                    self.notes.append(f"{path} cannot be read: {error.strerror}.")
+                    notes.append(f"{path} cannot be read: {error.strerror}.")
+            self.notes = notes
 
     def _read(self, path: Path, place: tuple[str, str], say: Callable[[int], object]) -> None:
         with path.open("rb") as file:
@@ -458,15 +459,21 @@ def _facts(line: bytes) -> tuple[tuple[Any, ...], str]:
         process = sum(scores) / len(scores) if scores else None
         outcome = data.get("outcome")
         values = (
-            _clean(str(task["id"])), int(data.get("sample", 0)), int(data.get("round", 0)), _clean(str(data["env"]["id"])),
-            _clean(str(data["policy"])), str(data["stop"]), len(steps), _finite(process), _finite(outcome), errors, malformed,
+            _clean(str(task["id"])), _counted(data.get("sample", 0)), _counted(data.get("round", 0)), _clean(str(data["env"]["id"])),
+            _clean(str(data["policy"])), _clean(str(data["stop"])), len(steps), _finite(process), _finite(outcome), errors, malformed,
             unknown, _clip(task["question"]), None if answer is None else _clip(answer),
         )  # fmt: skip
         return values, _clean("\n".join(said))
     except KeyError as error:
         raise DataError(f"{error.args[0]!r} is missing: not a trajectory, or of an older schema") from None
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DataError(f"not a trajectory: {error}") from None
+
+
+def _counted(number: Any) -> int:
+    if not isinstance(number, int) or not 0 <= number < 2**63:
+        raise ValueError(f"expected a whole number as sample or round, got {str(number)[:60]!r}")
+    return number
 
 
 def _finite(number: Any) -> float | None:

@@ -183,16 +183,14 @@ class _Pages:
     def _side(self, request: Request, row: Row) -> dict[str, Any]:
         """A trajectory as its template wants it; what is not of this schema as JSON with the reason."""
         data = self.index.read(row)
-        try:
-            trajectory = loads(Trajectory, data.decode(errors="replace"), f"{row.place['at']}:{row.line}")
-        except DataError as error:
-            return {"row": row, "reason": str(error), "json": _pretty(data)}
         first = max(1, _whole(request, "step", 1))
         spell = self.spell.of(self.index.runs[row.run])
-        steps = [
-            {"number": number, "step": step, "cells": cells(step, spell)}
-            for number, step in enumerate(trajectory.steps[first - 1 : first - 1 + STEPS], first)
-        ]
+        try:
+            trajectory = loads(Trajectory, data.decode(errors="replace"), f"{row.place['at']}:{row.line}")
+            shown = enumerate(trajectory.steps[first - 1 : first - 1 + STEPS], first)
+            steps = [{"number": number, "step": step, "cells": cells(step, spell)} for number, step in shown]
+        except DataError as error:
+            return {"row": row, "reason": str(error), "json": _pretty(data)}
         following = first + STEPS if len(trajectory.steps) >= first + STEPS else None
         return {
             "row": row, "reason": "", "trajectory": trajectory, "process": process_score(trajectory), "steps": steps,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from swirl_algos.folders import read_claim
 
-from swirl_env.errors import ConfigError
+from swirl_env.errors import ConfigError, DataError
 from swirl_env.types import Step
 
 LEVELS = (0.05, 0.2, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0)
@@ -40,8 +40,13 @@ class Cells:
 
 
 def cells(step: Step, spell: Spell | None) -> Cells | None:
-    """The sampled tokens of an action; `None` if the policy gave none."""
-    if step.tokens is None or not len(ids_A := step.tokens.action_ids):
+    """The sampled tokens of an action; `None` if the policy gave none. Raises `DataError` if they do not belong together."""
+    if step.tokens is None:
+        return None
+    shapes = {array.shape for array in (step.tokens.ids, step.tokens.sampled, step.tokens.logprobs)}
+    if len(shapes) > 1 or len(min(shapes)) != 1:
+        raise DataError(f"Tokens: expected ids, sampled and logprobs of one length, got shapes {sorted(shapes)}.")
+    if not len(ids_A := step.tokens.action_ids):
         return None
     logprobs_A = step.tokens.logprobs[step.tokens.sampled]
     texts = _texts(ids_A.tolist(), step.action.text, spell) if spell and len(ids_A) <= MOST else None
