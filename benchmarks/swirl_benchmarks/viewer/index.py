@@ -415,7 +415,7 @@ class Index:
         return _lines(files, places_N3)
 
 
-def _lines(files: dict[int, BinaryIO], places_N3: np.ndarray) -> Iterator[bytes]:
+def _lines(files: Mapping[int, BinaryIO], places_N3: np.ndarray) -> Iterator[bytes]:
     try:
         for source, offset, length in places_N3.tolist():
             files[source].seek(offset)
