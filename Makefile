@@ -10,6 +10,7 @@ help:
 	@echo "make results    GSM8K over three seeds, into benchmarks/results"
 	@echo "make test       the tests (under 5 minutes, no network, no GPU)"
 	@echo "make test-slow  what make test leaves out, with the real model behind a real server"
+	@echo "make test-browser  the viewer in Debian's chromium"
 	@echo "make lint       ruff and mypy"
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -38,9 +39,17 @@ $(VENV)/.ready-slow: $(VENV)/.ready
 test-slow: $(VENV)/.ready-slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m slow
 
+$(VENV)/.ready-browser: $(VENV)/.ready
+	@test -x /usr/bin/chromium || { echo "/usr/bin/chromium is missing: apt-get install chromium"; exit 1; }
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[browser]"
+	@touch $@
+
+test-browser: $(VENV)/.ready-browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser tests/browser
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.PHONY: help demo results test test-slow lint
+.PHONY: help demo results test test-slow test-browser lint

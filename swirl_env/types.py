@@ -20,7 +20,13 @@ STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
 
 def _reads(dtype: str) -> BeforeValidator:
-    return BeforeValidator(lambda value: np.asarray(value, dtype=dtype))
+    def array(value: Any) -> np.ndarray:
+        try:
+            return np.asarray(value, dtype=dtype)
+        except (TypeError, OverflowError) as error:
+            raise ValueError(str(error)) from None  # what pydantic tells with its place
+
+    return BeforeValidator(array)
 
 
 Ids = Annotated[np.ndarray, _reads("int32"), PlainSerializer(lambda array: array.tolist(), when_used="json")]

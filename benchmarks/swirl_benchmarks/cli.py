@@ -174,6 +174,23 @@ def play(
     play_in(evaluate.make(env, **settings), seed=seed, task_id=task)
 
 
+def view(runs: Annotated[tuple[Path, ...], tyro.conf.Positional], /, *, port: int = 0, open: bool = False) -> None:
+    """Browse trajectories in the browser: filter, read, compare, export.
+
+    Example: swirl view runs/demo
+
+    Args:
+        runs: run folders, or files of trajectories (JSONL); several are shown together. They may still grow.
+        port: of 127.0.0.1, which nobody else's machine reaches; 0: a free one.
+        open: open the browser.
+    """
+    from swirl_benchmarks.viewer.server import serve
+
+    if not runs:
+        raise ConfigError("Give at least one run folder or file of trajectories, such as swirl view runs/demo.")
+    serve(runs, port, open)
+
+
 def envs() -> None:
     """List the environments: tasks, tools, step limits."""
     from rich.table import Table
@@ -240,6 +257,9 @@ def export() -> None:
 EXTRAS = dict.fromkeys(("torch", "transformers", "accelerate", "safetensors", "gguf", "tokenizers"), "train") | {
     "matplotlib": "plot",
     "datasets": "export",
+    "starlette": "view",
+    "uvicorn": "view",
+    "jinja2": "view",
 }
 """Packages that only some commands need, and the extra that brings them."""
 COMMANDS: dict[str, Callable] = {
@@ -250,6 +270,7 @@ COMMANDS: dict[str, Callable] = {
     "filter": steps.filter_,
     "train": steps.train,
     "export": export,
+    "view": view,
     "play": play,
     "envs": envs,
     "bench": bench,

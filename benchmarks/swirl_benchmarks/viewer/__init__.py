@@ -1,0 +1,1 @@
+"""`swirl view`: trajectories in the browser. `index` knows where each line lies, `pages` shows them, `server` is the loopback."""
