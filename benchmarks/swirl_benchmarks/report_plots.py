@@ -19,7 +19,7 @@ PALETTE = {
 """CSS variable -> (light, dark)."""
 LIGHT = {name: light for name, (light, _) in PALETTE.items()}
 SERIES = [LIGHT[f"c{i}"] for i in range(6)]
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "text.color": LIGHT["ink"], "axes.labelcolor": LIGHT["ink"],
     "axes.edgecolor": LIGHT["line"], "xtick.color": LIGHT["ink"], "ytick.color": LIGHT["ink"], "grid.color": LIGHT["line"],
     "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10,

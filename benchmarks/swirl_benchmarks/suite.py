@@ -136,8 +136,9 @@ def run_suite(
 
             worlds.setdefault(one.name, make())
             if policy is None or _bound(model):
-                drawing = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
-                policy = evaluate.make_policy(model, worlds[one.name], **drawing)
+                policy = evaluate.make_policy(
+                    model, worlds[one.name], temperature=temperature, max_new_tokens=max_new_tokens, seed=seed
+                )
             chosen = evaluate.choose(list(worlds[one.name].unwrapped.task_set.tasks), limit, seed)  # type: ignore[attr-defined]
             file = folder / one.name / f"{_file(model)}.jsonl"
             with _timed(folder, one.name, model, file.with_suffix(".unjudged.jsonl")) as acted:
