@@ -11,6 +11,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 PALETTE = {
     "ink": ("#1f2329", "#e4e7eb"), "line": ("#d4d9df", "#3a4149"), "c0": ("#0b62c4", "#6cb0ff"), "c1": ("#b5500b", "#ffa657"),
@@ -96,9 +97,10 @@ def curves(name: str, title: str, updates: Sequence[Mapping[str, Any]]) -> Plot:
                 if isinstance(one.get(drawn[i]), (int, float))
             ]
             x, y = np.array(known).T
-            window = min(10, len(y))
-            axes.plot(x, y, ".", color=SERIES[0], alpha=0.35, markersize=4)
+            window = max(1, min(10, len(y) // 3))
+            axes.plot(x, y, ".", color=SERIES[0], alpha=0.5, markersize=5)
             axes.plot(x[window - 1 :], np.convolve(y, np.ones(window) / window, "valid"), color=SERIES[0])
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axes.set_title(drawn[i], loc="left")
         figure.suptitle(_cut(title), fontsize=11, x=0.01, ha="left")
         figure.supxlabel("update", fontsize=10)
@@ -110,14 +112,14 @@ def by_step(name: str, policies: Mapping[str, Sequence[tuple[float, int]]]) -> P
     with mpl.rc_context(STYLE):
         figure, (axes,) = _figure(5.6, 2.8 + 0.2 * len(policies))
         for i, (policy, values) in enumerate(policies.items()):
-            style = {
+            style: dict[str, Any] = {
                 "color": SERIES[i % len(SERIES)],
                 "marker": "os^Dv"[i % 5],
                 "linestyle": ("-", "--", ":")[i // len(SERIES) % 3],
             }
             axes.plot(range(1, len(values) + 1), [mean for mean, _ in values], label=_cut(policy), **style)
         axes.set(xlabel="step", ylabel="mean score", ylim=(-0.03, 1.03))
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(loc="outside lower center", ncols=2)
         return _save(name, figure, "mean score at each step of an episode")
 
