@@ -1,5 +1,6 @@
 """The arrows between a run's files: generate, judge, filter. Each appends to its file and goes on where it stopped."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -45,8 +46,11 @@ class Failure:
 
 
 def bar(total: int, name: str, unit: str, done: int = 0, delay: float = 0) -> tqdm:
-    """A progress bar on standard error, with rate and time left; shown after `delay` seconds."""
-    return tqdm(total=total, desc=name, unit=unit, initial=done, dynamic_ncols=True, mininterval=0.5, delay=delay)
+    """A progress bar on standard error, with rate and time left; shown after `delay` seconds, and not at all with `SWIRL_QUIET=1`."""
+    quiet = bool(os.environ.get("SWIRL_QUIET"))
+    return tqdm(
+        total=total, desc=name, unit=unit, initial=done, dynamic_ncols=True, mininterval=0.5, delay=delay, disable=quiet
+    )
 
 
 def generate(

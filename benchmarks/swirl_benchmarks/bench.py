@@ -1,5 +1,6 @@
 """`swirl bench NAME`: the suites, each a table for people and JSON for machines."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -199,7 +200,50 @@ def ledger(
         evaluate.write_json(json, report)
 
 
+def _suite(name: str, about: str, example: str) -> Callable[..., None]:
+    def command(
+        *, model: tyro.conf.UseAppendAction[tuple[str, ...]] = (), out: Path | None = None, data: Path | None = None,
+        limit: int | None = None, samples: int = 1, temperature: float = 0.0, max_new_tokens: int = 64, judge: str = "rules",
+        seed: int = 0, json: str | None = None,
+    ) -> None:  # fmt: skip
+        from swirl_benchmarks import suite
+
+        evaluate.check_target(json)
+        results = suite.run_suite(
+            name, model, out or Path(f"runs/bench-{name}"), data=data, limit=limit, samples=samples, temperature=temperature,
+            max_new_tokens=max_new_tokens, judge=judge, seed=seed, say=lambda text: console().print(text, soft_wrap=True),
+            command=" ".join(["swirl", *sys.argv[1:]]),
+        )  # fmt: skip
+        suite.print_suite(results, console())
+        if json:
+            evaluate.write_json(json, results)
+        suite.check_results(results)
+
+    command.__doc__ = f"""{about} The same command goes on after a stop.
+
+    Example: swirl bench {name} {example}
+
+    Args:
+        model: as in swirl eval; may be given several times: the others are compared with the first.
+        out: folder of this run; none: runs/bench-{name}. A further --model may join what is there.
+        data: folder with official files; none: the download cache of swirl data fetch, else the bundled tasks.
+        limit: questions of each set; none: the suite's.
+        samples: episodes a question; above 1 pass@k and majority@k are told.
+        temperature: of sampling; 0 is greedy.
+        max_new_tokens: token cap of an action.
+        judge: who scores the steps, as in swirl eval.
+        seed: of the choice of questions and of sampling.
+        json: file for the figures.
+    """
+    return command
+
+
 BENCHES: dict[str, Callable] = {
+    "smoke": _suite("smoke", "Minutes, bundled tasks: every task set a little.", "--model oracle --model random"),
+    "paper": _suite("paper", "The five sets of the SWiRL paper.", "--model smollm2-135m --model runs/demo/swirl"),
+    "transfer": _suite(
+        "transfer", "Trained on one set, evaluated on the others.", "--model smollm2-135m --model runs/demo/swirl"
+    ),
     "speed": speed,
     "retrieval": retrieval,
     "judges": judges,

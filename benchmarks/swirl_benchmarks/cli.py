@@ -242,6 +242,27 @@ def data_fetch(name: Annotated[str, tyro.conf.Positional], /) -> None:
         print(path)
 
 
+def report(
+    run: tyro.conf.Positional[tuple[Path, ...]], /, *, out: Path = Path("report.html"), png: Path | None = None
+) -> None:
+    """One HTML page on runs: figures with intervals, curves, what the filter kept, regressions. Needs no network.
+
+    Example: swirl report runs/demo --out report.html
+
+    Args:
+        run: folders of swirl run, swirl generate or swirl bench, the earlier first.
+        out: the page.
+        png: folder for its plots as PNG; none: NAME-files beside the page.
+    """
+    from swirl_benchmarks import evaluate
+    from swirl_benchmarks.report import write_report
+
+    evaluate.check_target(str(out))
+    for note in write_report(run, out, png or out.with_name(f"{out.stem}-files"), " ".join(["swirl", *sys.argv[1:]])):
+        print(f"swirl: {note}", file=sys.stderr)
+    console().print(f"{out} is the report; open it in a browser.", soft_wrap=True)
+
+
 def bench() -> None:
     """Benchmark suites: swirl bench --help."""
 
@@ -255,33 +276,47 @@ def export() -> None:
 
 
 EXTRAS = dict.fromkeys(("torch", "transformers", "accelerate", "safetensors", "gguf", "tokenizers"), "train") | {
-    "matplotlib": "plot",
+    "matplotlib": "report",
+    "jinja2": "report",
     "datasets": "export",
     "starlette": "view",
     "uvicorn": "view",
-    "jinja2": "view",
 }
 """Packages that only some commands need, and the extra that brings them."""
 COMMANDS: dict[str, Callable] = {
-    "run": run,
+    "envs": envs,
+    "play": play,
+    "data": data,
     "eval": eval_,
+    "bench": bench,
+    "run": run,
     "generate": steps.generate,
     "judge": judge,
     "filter": steps.filter_,
     "train": steps.train,
     "export": export,
+    "report": report,
     "view": view,
-    "play": play,
-    "envs": envs,
-    "bench": bench,
-    "data": data,
 }
+"""By a user's way: try, measure, train, look."""
+ABOUT = """Questions over several steps, with tools, for language models: act, measure, train by step-wise RL, look at it.
+
+Try:      swirl envs, then swirl play swirl/GSM8K-v0 (no model is needed)
+
+Measure:  swirl eval swirl/HotPotQA-v0 --model oracle; swirl bench smoke --model oracle --model random
+
+Train:    swirl run swirl/GSM8K-v0 --tasks 32; or its stages: generate, judge, filter, train
+
+Look:     swirl report runs/*, swirl view runs/*
+
+swirl COMMAND --help shows flags and an example. --quiet before the command: no bars, no tables, errors only.
+"""
 GROUPS: dict[str, dict[str, Callable]] = {
     "bench": BENCHES,
     "data": {"list": data_list, "fetch": data_fetch},
     "export": {"model": steps.export_model, "rows": steps.export_rows},
 }
-RESUMED = {"run", "generate", "judge", "train"}
+RESUMED = {"run", "generate", "judge", "train", "bench smoke", "bench paper", "bench transfer", "data fetch"}
 """Commands that go on where they stopped."""
 
 
@@ -289,13 +324,15 @@ def main() -> None:
     """Entry point of `swirl`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.path.insert(0, str(Path.cwd()))  # so that module:attribute finds a file beside you
+    if sys.argv[1:2] == ["--quiet"]:
+        del sys.argv[1]
+        os.environ["SWIRL_QUIET"] = "1"
     try:
         group = sys.argv[1] if sys.argv[1:2] and sys.argv[1] in GROUPS else None
         if sys.argv[1:2] == ["train"]:
             steps.train_with(sys.argv[2:])
         elif group is None:
-            about = "Step-wise RL environments and training."
-            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="swirl", description=about)
+            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="swirl", description=ABOUT)
         else:
             tyro.extras.subcommand_cli_from_dict(
                 GROUPS[group],
@@ -315,7 +352,7 @@ def main() -> None:
         print(f"swirl: {without_credentials(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        resumed = RESUMED & set(sys.argv[1:2])
+        resumed = {" ".join(sys.argv[1:2]), " ".join(sys.argv[1:3])} & RESUMED
         again = " What was written is kept; the same command goes on from there." if resumed else ""
         print(f"\nswirl: stopped.{again}", file=sys.stderr)
         sys.exit(130)

@@ -62,7 +62,7 @@ def rejudge(run: Path, judges: Sequence[Judge], unknown_limit: float = 1.0) -> d
     folder = source.parent
     judged, report = [], {}
     for judge in judges:
-        path = folder / f"judged-{_slug(judge.name)}.jsonl"
+        path = folder / f"judged-{slug(judge.name)}.jsonl"
         before = (judge.hits, judge.misses) if isinstance(judge, Cached) else (0, 0)
         judged.append(stages.judge(recorded, judge, path, unknown_limit))
         report[judge.name] = _figures(judged[-1])
@@ -71,7 +71,7 @@ def rejudge(run: Path, judges: Sequence[Judge], unknown_limit: float = 1.0) -> d
     result: dict[str, Any] = {"trajectories": len(recorded), "judges": report}
     if len(judges) == 2:
         pairs = _pairs(*judged)
-        result["agreement"] = _agreement([pair.scores for pair in pairs])
+        result["agreement"] = agreement(*judged)
         apart = [pair for pair in pairs if (pair.scores[0] >= 0.5) != (pair.scores[1] >= 0.5)]
         apart.sort(key=lambda pair: -abs(pair.scores[0] - pair.scores[1]))
         stages.rewrite(folder / "disagreements.jsonl", apart)
@@ -79,7 +79,8 @@ def rejudge(run: Path, judges: Sequence[Judge], unknown_limit: float = 1.0) -> d
     return result
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
+    """A name as a file name."""
     return re.sub(r"[^\w.@-]+", "-", name).strip("-")[:100]
 
 
@@ -107,7 +108,9 @@ def _pairs(left: Sequence[Trajectory], right: Sequence[Trajectory]) -> list[Disa
     return pairs
 
 
-def _agreement(scores: list[tuple[float, float]]) -> dict[str, Any]:
+def agreement(left: Sequence[Trajectory], right: Sequence[Trajectory]) -> dict[str, Any]:
+    """`steps` that two judges scored, of the same trajectories in the same order; `share`, `kappa` and `correlation` as in `rejudge`."""
+    scores = [pair.scores for pair in _pairs(left, right)]
     if not scores:
         return {"steps": 0, "share": None, "kappa": None, "correlation": None}
     a, b = np.array(scores).T

@@ -4,13 +4,15 @@ Questions are the unit: intervals come from resampling questions with all of the
 resamples, fixed seed). A mean of zeros and ones gets Wilson's interval, which stays honest where all values are equal.
 """
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import comb
 from typing import Any
 
 import numpy as np
 
+from swirl_env.tasks.base import TaskSet
 from swirl_env.types import Trajectory
 
 RESAMPLES = 10_000
@@ -100,6 +102,11 @@ def _by_question(trajectories: Sequence[Trajectory], value: Value) -> dict[str, 
     return {task_id: float(np.mean(known)) for task_id, known in values.items()}
 
 
+def mean_of(trajectories: Sequence[Trajectory], value: Value) -> Estimate:
+    """Mean over questions of the mean over their samples."""
+    return _mean(list(_by_question(trajectories, value).values()))
+
+
 def process_score(trajectory: Trajectory) -> float | None:
     """Mean score of the judged steps (the paper's process label, section 4.2); `None` if none is known."""
     scores = [s.verdict.score for s in trajectory.steps if s.verdict is not None and s.verdict.score is not None]
@@ -168,7 +175,105 @@ def summary(
     }
 
 
-def paired_difference(before: Sequence[Trajectory], after: Sequence[Trajectory], value: Value) -> Estimate:
-    """Mean of after - before over the same questions, with its bootstrap interval; a question with an unknown is left out."""
+def paired_difference(
+    before: Sequence[Trajectory], after: Sequence[Trajectory], value: Value, macro: str | None = None
+) -> Estimate:
+    """Mean of after - before over the same questions, with its bootstrap interval; a question with an unknown is left out.
+    `macro` as in `summary`."""
     old, new = _by_question(before, value), _by_question(after, value)
-    return bootstrap([new[task_id] - old[task_id] for task_id in new if task_id in old])
+    both = [task_id for task_id in new if task_id in old]
+    strata = {trajectory.task.id: trajectory.task.meta.get(macro or "") for trajectory in after}
+    sizes = Counter(strata[task_id] for task_id in both)
+    weights = [1 / sizes[strata[task_id]] for task_id in both]
+    return bootstrap([(new[task_id] - old[task_id]) * w for task_id, w in zip(both, weights, strict=True)], weights)
+
+
+def by_group(trajectories: Sequence[Trajectory], key: str, value: Value) -> dict[str, dict[str, Any]]:
+    """{value of `Task.meta[key]`: {n, mean, low, high}}; questions whose meta has no such key are left out."""
+    groups: dict[Any, list[Trajectory]] = defaultdict(list)
+    for trajectory in trajectories:
+        if (of := trajectory.task.meta.get(key)) is not None:
+            groups[of].append(trajectory)
+    known = {of: list(_by_question(groups[of], value).values()) for of in sorted(groups)}
+    return {str(of): {"n": len(values), **asdict(_mean(values))} for of, values in known.items()}
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """The chance that k of n samples, drawn without replacement, hold a right one: 1 - C(n - right, k) / C(n, k), the unbiased
+    estimator of Chen et al. (2021)."""
+    return 1 - comb(n - right, k) / comb(n, k)
+
+
+def majority(task_set: TaskSet, group: Sequence[Trajectory]) -> str | None:
+    """The answer that most samples gave, the first of equals. Two answers are one where the official metric takes the one for
+    the other. Samples without an answer do not vote; `None`: there is no vote."""
+    answers = [trajectory.answer for trajectory in group if trajectory.answer is not None]
+    return max(answers, key=lambda one: sum(task_set.same(other, one) for other in answers), default=None)
+
+
+def of_samples(task_set: TaskSet, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+    """`pass` and `majority`: {k: {mean, low, high}} for k = 1, 2, 4, ... and all samples of a question.
+
+    `pass` counts samples whose outcome is at least 0.5; `majority` is the outcome of the majority of the first k samples.
+    Questions without a gold answer, or of which an error ended a sample, are left out.
+    """
+    groups: dict[str, list[Trajectory]] = defaultdict(list)
+    for trajectory in sorted(trajectories, key=lambda one: one.sample):
+        groups[trajectory.task.id].append(trajectory)
+    whole = [group for group in groups.values() if all(one.outcome is not None for one in group)]
+    n = min(map(len, whole), default=0)
+    sizes = sorted({2**i for i in range(n.bit_length())} | {n}) if n else []
+    passed, voted = {}, {}
+    for k in sizes:
+        right = [(len(group), sum((one.outcome or 0) >= 0.5 for one in group)) for group in whole]
+        passed[str(k)] = asdict(_mean([pass_at_k(many, good, k) for many, good in right]))
+        votes = [task_set.outcome(group[0].task, majority(task_set, group[:k])) for group in whole]
+        voted[str(k)] = asdict(_mean([vote for vote in votes if vote is not None]))
+    return {"pass": passed, "majority": voted}
+
+
+def of_tools(trajectories: Sequence[Trajectory]) -> dict[str, dict[str, Any]]:
+    """Tool -> `calls`, `errors` (share), `repeated` (share made before in the episode with equal arguments), `seconds` (mean)."""
+    calls: dict[str, list[tuple[bool, bool, float]]] = defaultdict(list)
+    for trajectory in trajectories:
+        made: list[Any] = []
+        for step in trajectory.steps:
+            for call, result in zip(step.action.calls, step.results, strict=False):
+                calls[call.name].append((result.error is not None, call in made, result.seconds))
+                made.append(call)
+    return {
+        name: {
+            "calls": len(rows),
+            **dict(zip(("errors", "repeated", "seconds"), np.mean(rows, 0).tolist(), strict=True)),
+        }
+        for name, rows in sorted(calls.items())
+    }
+
+
+def of_cost(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+    """`actions`, tool `calls`, `tokens` that were sampled (`None` where a policy tells none), and `judge_tokens`."""
+    steps = [step for trajectory in trajectories for step in trajectory.steps]
+    told = [int(step.tokens.sampled.sum()) for step in steps if step.tokens is not None]
+    return {
+        "actions": len(steps),
+        "calls": sum(len(step.results) for step in steps),
+        "tokens": sum(told) if steps and len(told) == len(steps) else None,
+        "judge_tokens": sum(step.verdict.tokens for step in steps if step.verdict is not None),
+    }
+
+
+def macro_difference(pairs: Mapping[str, tuple[Sequence[Trajectory], Sequence[Trajectory]]], value: Value) -> Estimate:
+    """Mean over sets of the paired difference within each, all sets weighing the same; questions are resampled.
+
+    Args:
+        pairs: set -> (before, after).
+        value: of a trajectory.
+    """
+    values: list[float] = []
+    weights: list[float] = []
+    for before, after in pairs.values():
+        old, new = _by_question(before, value), _by_question(after, value)
+        both = [task_id for task_id in new if task_id in old]
+        values += [(new[task_id] - old[task_id]) / len(both) for task_id in both]
+        weights += [1 / len(both)] * len(both)
+    return bootstrap(values, weights)

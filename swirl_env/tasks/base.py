@@ -57,6 +57,10 @@ class TaskSet:
         """The first official metric, in [0, 1]."""
         return self._score(next(iter(self._metrics.values())), task, answer)
 
+    def same(self, answer: str, other: str) -> bool:
+        """Whether the first official metric takes one answer for the other."""
+        return next(iter(self._metrics.values()))(answer, other) == 1
+
     def _score(self, metric: Callable[[str, str], float], task: Task, answer: str | None) -> float | None:
         if not task.answers:
             return None

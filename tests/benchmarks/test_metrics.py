@@ -1,14 +1,31 @@
 """Intervals against closed forms, and paired differences by hand."""
 
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from swirl_benchmarks.metrics import _mean, bootstrap, paired_difference, process_score, summary, wilson
+from scipy.stats import bootstrap as scipy_bootstrap
+from swirl_benchmarks.metrics import (
+    _mean,
+    bootstrap,
+    by_group,
+    macro_difference,
+    majority,
+    of_cost,
+    of_samples,
+    of_tools,
+    paired_difference,
+    pass_at_k,
+    process_score,
+    summary,
+    wilson,
+)
 
-from swirl_env.types import Action, EnvRecord, Message, Step, Task, ToolResult, Trajectory, Verdict
+from swirl_env.tasks import load_tasks
+from swirl_env.types import Action, EnvRecord, Message, Step, Task, ToolCall, ToolResult, Trajectory, Verdict
 
 
 def trajectory(task, scores, outcome=1.0, malformed=0, errors=0, sample=0):
@@ -111,3 +128,70 @@ def test_a_macro_average_weighs_sources_alike():
     assert estimate.mean == pytest.approx((0.75 + 0.5) / 2)
     assert estimate.low < estimate.mean < estimate.high
     assert _mean([1.0, 0.0], ["a", "a"]) == _mean([1.0, 0.0])
+
+
+@given(st.lists(st.floats(0, 1), min_size=8, max_size=40), st.booleans())
+@settings(max_examples=10)
+def test_intervals_are_those_of_scipy(values, weighted):
+    weights = [1.0 + (i % 3) * weighted for i in range(len(values))]
+
+    def ratio(top, below, axis=-1):
+        return top.sum(axis) / below.sum(axis)
+
+    other = scipy_bootstrap(
+        (values, weights), ratio, paired=True, vectorized=True, method="percentile", n_resamples=10_000, rng=1
+    ).confidence_interval
+    mine, near = bootstrap(values, weights), 0.08 * np.std(values) + 1e-9  # two draws of 10,000 differ by that at most
+    assert (mine.low, mine.high) == pytest.approx((other.low, other.high), abs=near)
+
+
+def test_pass_at_k_is_the_share_of_all_draws():
+    for n in range(1, 7):
+        for right in range(n + 1):
+            for k in range(1, n + 1):
+                draws = list(combinations([1] * right + [0] * (n - right), k))
+                assert pass_at_k(n, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def said(task, sample, answer, outcome):
+    one = trajectory(task, [1.0], outcome, sample=sample)
+    return replace(one, steps=(replace(one.steps[0], action=Action("x", answer=answer)),))
+
+
+def test_majority_counts_answers_as_the_official_metric_does():
+    math, text = load_tasks("gsm8k", "test"), load_tasks("hotpotqa", "test")
+    first = next(iter(math.tasks.values()))
+    gold = first.answers[0]
+    group = [
+        said(first.id, i, *pair)
+        for i, pair in enumerate([("1", 0.0), (f"${gold}.00", 1.0), ("none", 0.0), (gold, 1.0)])
+    ]
+    assert majority(math, group) == f"${gold}.00"
+    assert majority(text, [said("q", i, one, 0.0) for i, one in enumerate(["b", "The Cat", "a cat!"])]) == "The Cat"
+    assert majority(text, [said("q", 0, None, 0.0)]) is None
+    figures = of_samples(math, [replace(one, task=first) for one in group])
+    assert figures["pass"]["1"]["mean"] == 0.5
+    assert figures["pass"]["4"]["mean"] == figures["majority"]["4"]["mean"] == 1.0
+    assert figures["majority"]["1"]["mean"] == 0.0
+
+
+def test_tools_and_cost_by_hand():
+    call, other = ToolCall("search", {"query": "x"}), ToolCall("search", {"query": "y"})
+    results = (ToolResult("r", None, 1.0), ToolResult("r", "tool_error", 3.0), ToolResult("r", None, 2.0))
+    one = trajectory("a", [1.0])
+    step = replace(one.steps[0], action=Action("x", calls=(call, other, call)), results=results)
+    one = replace(one, steps=(step,))
+    assert of_tools([one, one])["search"] == pytest.approx(
+        {"calls": 6, "errors": 1 / 3, "repeated": 1 / 3, "seconds": 2.0}
+    )
+    assert of_cost([one]) == {"actions": 1, "calls": 3, "tokens": None, "judge_tokens": 0}
+
+
+def test_groups_and_sets_weigh_as_told():
+    hops = [replace(one, task=replace(one.task, meta={"hops": h})) for one, h in
+            [(trajectory("a", [1.0], 1.0), 2), (trajectory("b", [1.0], 0.0), 2), (trajectory("c", [1.0], 1.0), 3)]]  # fmt: skip
+    groups = by_group(hops, "hops", lambda t: t.outcome)
+    assert {key: (one["n"], one["mean"]) for key, one in groups.items()} == {"2": (2, 0.5), "3": (1, 1.0)}
+    before, after = [trajectory(t, [1.0], 0.0) for t in "abc"], [trajectory(t, [1.0], 1.0) for t in "abc"]
+    pairs = {"x": (before, after), "y": (before[:1], before[:1])}
+    assert macro_difference(pairs, lambda t: t.outcome).mean == 0.5
