@@ -10,6 +10,7 @@ help:
 	@echo "make results    GSM8K over three seeds, into benchmarks/results"
 	@echo "make test       the tests (under 5 minutes, no network, no GPU)"
 	@echo "make test-slow  what make test leaves out, with the real model behind a real server"
+	@echo "make docs       the documentation, into site/"
 	@echo "make lint       ruff and mypy"
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -38,9 +39,13 @@ $(VENV)/.ready-slow: $(VENV)/.ready
 test-slow: $(VENV)/.ready-slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m slow
 
+# strict: a broken link or a page that is not in the navigation fails
+docs: $(VENV)/.ready
+	$(BIN)/mkdocs build --strict
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.PHONY: help demo results test test-slow lint
+.PHONY: help demo results test test-slow docs lint
