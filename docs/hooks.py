@@ -51,6 +51,7 @@ class Entry:
 
 def entries() -> list[Entry]:
     """Everything that is registered, in the order of `GROUPS`."""
+    import gymnasium as gym
     from swirl_agents.scripted import SCRIPTED
     from swirl_algos.launch import CONFIGS
 
@@ -63,9 +64,8 @@ def entries() -> list[Entry]:
     found += [Entry("Tools", name, where) for name, where in NAMES.items()]
     found += [Entry("Judges", name, where) for name, where in (BY_NAME | BY_JSON).items()]
     for name, value in vars(wrappers).items():
-        if inspect.isclass(value) and value.__module__ == wrappers.__name__ and not name.startswith("_"):
-            if "gymnasium.Wrapper" in (f"{base.__module__.partition('.')[0]}.{base.__name__}" for base in value.__mro__):
-                found.append(Entry("Wrappers", name, f"{wrappers.__name__}:{name}"))
+        if inspect.isclass(value) and issubclass(value, gym.Wrapper) and not name.startswith("_"):
+            found.append(Entry("Wrappers", name, f"{wrappers.__name__}:{name}"))
     found += [Entry("Algorithms", name, f"swirl_algos.{name}:train") for name in CONFIGS]
     found += [Entry("Policies", name, f"{make.__module__}:{make.__name__}") for name, make in SCRIPTED.items()]
     found += [
@@ -319,7 +319,9 @@ def commands() -> str:
         rows.append((f"`{name}`", _plain(text.partition("\n")[0]), f"`{example[1]}`" if example else ""))
     return (
         "# The command line\n\n`swirl COMMAND --help` lists the settings of each. What was written is kept: the long ones go on "
-        "where they stopped when the same command is given again.\n\n" + table(("command", "what it does", "example"), rows) + "\n"
+        "where they stopped when the same command is given again.\n\n"
+        + table(("command", "what it does", "example"), rows)
+        + "\n"
     )
 
 
