@@ -9,7 +9,6 @@ import dataclasses
 import importlib
 import inspect
 import re
-import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -21,7 +20,6 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [ROOT, ROOT / "agents", ROOT / "algos", ROOT / "benchmarks"]
-sys.path[:0] = [str(source) for source in SOURCES if str(source) not in sys.path]
 
 GROUPS = {
     "Environments": "A registered id is a task set with its tools and step limit. `gym.make(id, ...)` makes it.",

@@ -19,13 +19,16 @@ from swirl_agents.testing_server import ChatServer
 ROOT = Path(__file__).parent.parent.parent
 WRITTEN = [path for path in sorted((ROOT / "docs").rglob("*.md")) if path.name != "design.md"]
 """Pages in files; the design's blocks are trees, flows and one example that other pages have."""
-NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = [
+    pytest.param(path, marks=pytest.mark.slow if "train" in path.stem else (), id=path.stem)
+    for path in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+]
 WEAK = ROOT / "tests" / "benchmarks" / "data" / "weak"
 """A policy of sums, which has something to learn."""
 LANGUAGES = {"python", "pycon", "sh", "text", "json"}
 BLOCK = re.compile(r"(?:<!-- not run: (?P<why>[^\n]+) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
 SMALL = {
-    "--tasks": "2", "--samples": "2", "--demonstrations": "2", "--updates": "1", "--epochs": "1", "--swirl.epochs": "1",
+    "--tasks": "2", "--samples": "2", "--demonstrations": "2", "--updates": "3", "--epochs": "1", "--swirl.epochs": "1",
 }  # fmt: skip
 """Flags of printed commands, and what stands there in the tests."""
 RUN = ("--filter", "none", "--max-steps", "3", "--swirl.max-new-tokens", "8", "--sft.epochs", "1")
@@ -97,6 +100,8 @@ def small(words, replaced):
     added = ADDED.get(words[0], ())
     if words[0] == "run" and "--model" not in words:
         added = (*added, "--model", replaced["smollm2-135m"])
+    if words[0] == "train" and words[words.index("--algo") + 1] != "sft":
+        added = ("--samples", "16", "--max-new-tokens", "16")  # so that not all of them score the same
     return [*words, *added]
 
 
@@ -150,7 +155,8 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A model folder of a few thousand random weights, in place of the model that pages name; some legal actions are tokens."""
-    legal = [f"<calculator>{i}+{j}</calculator>" for i in range(2, 40) for j in range(2, 12)]
+    tools = ("calculator", "math_exp")  # the default grammar's and the paper's
+    legal = [f"<{tool}>{i}+{j}</{tool}>" for tool in tools for i in range(2, 40) for j in range(2, 12)]
     model = tmp_path_factory.mktemp("docs") / "tiny"
     tokenizer = tiny_tokenizer(" ".join([*legal, *(f"<answer>{i}</answer>" for i in range(100))]))
     tiny_model(tokenizer).save_pretrained(model)
@@ -224,7 +230,7 @@ def test_algorithms_of_the_reference_train(reference, folder):
         run_shell(reference[f"reference/algorithms/{name}.md"], {"smollm2-135m": str(WEAK)})
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS)
 def test_notebooks_run(path, tmp_path, monkeypatch):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     monkeypatch.setenv(
