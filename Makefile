@@ -11,6 +11,7 @@ help:
 	@echo "make test       the tests (under 5 minutes, no network, no GPU)"
 	@echo "make test-slow  what make test leaves out, with the real model behind a real server"
 	@echo "make test-browser  the viewer in Debian's chromium"
+	@echo "make docs       the documentation, into site/"
 	@echo "make lint       ruff and mypy"
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -47,9 +48,13 @@ $(VENV)/.ready-browser: $(VENV)/.ready
 test-browser: $(VENV)/.ready-browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser tests/browser
 
+# strict: a broken link or a page that is not in the navigation fails
+docs: $(VENV)/.ready
+	$(BIN)/mkdocs build --strict
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.PHONY: help demo results test test-slow test-browser lint
+.PHONY: help demo results test test-slow test-browser docs lint

@@ -54,6 +54,18 @@ class AddTool(_Recorded):
 
     Raises:
         ConfigError: it is no tool, or its name is taken.
+
+    Examples:
+        >>> import gymnasium as gym, swirl_env
+        >>> from swirl_env.wrappers import AddTool
+        >>> def population(city: str) -> str:
+        ...     '''Tells how many people live in a city.'''
+        ...     return {"Burbank": "107,337"}.get(city, "unknown")
+        >>> env = AddTool(gym.make("swirl/HotPotQA-v0"), population)
+        >>> text, info = env.reset(seed=0)
+        >>> text, *_, info = env.step("<population>Burbank</population>")
+        >>> print(info["step"].observation)
+        <result>107,337</result>
     """
 
     def __init__(self, env: gym.Env, tool: Any):
@@ -70,7 +82,22 @@ class AddTool(_Recorded):
 
 
 class RemoveTool(_Recorded):
-    """Offer a tool no longer. Raises `UnknownNameError` if there is none of that name."""
+    """Offer a tool no longer; the next episode begins without it.
+
+    Args:
+        env: over `ToolEnv`.
+        name: of the tool.
+
+    Raises:
+        UnknownNameError: there is no tool of that name.
+
+    Examples:
+        >>> import gymnasium as gym, swirl_env
+        >>> from swirl_env.wrappers import RemoveTool
+        >>> env = RemoveTool(gym.make("swirl/Tasks-v0"), "search")
+        >>> list(env.unwrapped.tools)
+        ['calculator']
+    """
 
     def __init__(self, env: gym.Env, name: str):
         base = _base(env)
@@ -89,6 +116,16 @@ class ToolBudget(_Recorded):
 
     Raises:
         ConfigError: not a whole number from 0 on; `UnknownNameError`: there is no such tool.
+
+    Examples:
+        >>> import gymnasium as gym, swirl_env
+        >>> from swirl_env.wrappers import ToolBudget
+        >>> env = ToolBudget(gym.make("swirl/GSM8K-v0"), {"calculator": 1})
+        >>> text, info = env.reset(seed=0)
+        >>> for expression in ("10+3", "10+5"):
+        ...     text, *_, info = env.step(f"<calculator>{expression}</calculator>")
+        >>> print(info["step"].observation)
+        <error>calculator may be called 1 times an episode, and was. Go on without it.</error>
     """
 
     def __init__(self, env: gym.Env, calls: Mapping[str, int] | int):
@@ -131,6 +168,22 @@ class JudgeReward(_Recorded):
     Args:
         env: over `ToolEnv`; one with `reward="outcome"` now rewards by process, one with `both` stays so.
         judge: a `Judge`, or its name or JSON as in `judge=`.
+
+    Raises:
+        ConfigError: it is no judge; `UnknownNameError`: no judge is called that, with the near match.
+
+    Examples:
+        >>> import gymnasium as gym, swirl_env
+        >>> from swirl_env.types import Verdict
+        >>> from swirl_env.wrappers import JudgeReward
+        >>> class Brief:
+        ...     name, uses_gold = "brief@1", False
+        ...     def __call__(self, views):
+        ...         return [Verdict(float(len(view.action.text) < 40), "length", self.name) for view in views]
+        >>> env = JudgeReward(gym.make("swirl/GSM8K-v0"), Brief())
+        >>> text, info = env.reset(seed=0)
+        >>> [env.step(action)[1] for action in ("<calculator>10+3</calculator>", "<think>" + "well " * 20 + "</think>")]
+        [1.0, 0.0]
     """
 
     def __init__(self, env: gym.Env, judge: Any):
@@ -145,7 +198,23 @@ class JudgeReward(_Recorded):
 
 
 class StepPenalty(_Recorded):
-    """Take `penalty` off the reward of every step."""
+    """Take a little off the reward of every step, so that a shorter way to the answer is worth more.
+
+    Args:
+        env: any environment; also one that is not over `ToolEnv`.
+        penalty: taken off each reward.
+
+    Raises:
+        ConfigError: the penalty is no number.
+
+    Examples:
+        >>> import gymnasium as gym, swirl_env
+        >>> from swirl_env.wrappers import StepPenalty
+        >>> env = StepPenalty(gym.make("swirl/GSM8K-v0"), 0.02)
+        >>> text, info = env.reset(seed=0)
+        >>> env.step("<calculator>10+3</calculator>")[1]
+        0.98
+    """
 
     def __init__(self, env: gym.Env, penalty: float):
         if isinstance(penalty, bool) or not isinstance(penalty, (int, float)) or not penalty == penalty:
@@ -167,6 +236,18 @@ class RecordTrajectories(_Recorded):
         policy: recorded as the name of who acted.
 
     An episode that is reset before its end is not recorded. Repeated tasks count up the sample number.
+
+    Examples:
+        >>> import gymnasium as gym, swirl_env
+        >>> from swirl_env.io import read
+        >>> from swirl_env.types import Trajectory
+        >>> from swirl_env.wrappers import RecordTrajectories
+        >>> with RecordTrajectories(gym.make("swirl/GSM8K-v0"), "episodes.jsonl") as env:
+        ...     text, info = env.reset(seed=0)
+        ...     for action in ("<calculator>10+3</calculator>", "<answer>38</answer>"):
+        ...         text, *_, info = env.step(action)
+        >>> [(one.id, len(one.steps), one.outcome) for one in read("episodes.jsonl", Trajectory)]
+        [('gsm8k-train-170/0/0', 2, 1.0)]
     """
 
     def __init__(self, env: gym.Env, path: str | Path, policy: str = "unknown"):

@@ -20,6 +20,18 @@ class EndpointPolicy:
     Args:
         client: of the server.
         grammar: of the environment (`env.unwrapped.grammar`); `None`: some text dialect.
+
+    Examples:
+        >>> import gymnasium as gym, swirl_env
+        >>> from swirl_agents.endpoint import EndpointPolicy
+        >>> from swirl_agents.testing_server import ChatServer
+        >>> from swirl_env.client import make_endpoint
+        >>> env = gym.make("swirl/GSM8K-v0")
+        >>> text, info = env.reset(seed=0)
+        >>> with ChatServer("<calculator>10+3</calculator>") as server:  # in place of vLLM, llama.cpp or a hosted model
+        ...     policy = EndpointPolicy(make_endpoint(server.url), env.unwrapped.grammar)
+        ...     print(policy([info["transcript"]])[0][0].text)
+        <calculator>10+3</calculator>
     """
 
     def __init__(self, client: ChatClient, grammar: Grammar | None = None):

@@ -36,6 +36,17 @@ class LocalPolicy:
         cache_tokens: tokens whose keys and values are kept when a state has to wait (for a tool, say); over it, the least
             recently used are prefilled again. A token takes 2 x layers x key-value heads x head size numbers.
         top_logprobs: how many of the likeliest tokens `Completion.alternatives` gives at each place; 0: none.
+
+    Examples:
+        >>> import gymnasium as gym, swirl_env
+        >>> from swirl_agents.local import LocalPolicy
+        >>> from swirl_agents.testing import tiny_model, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer()  # with a real model: model, tokenizer = load_model("smollm2-135m")
+        >>> policy = LocalPolicy(tiny_model(tokenizer), tokenizer, max_new_tokens=8)
+        >>> text, info = gym.make("swirl/GSM8K-v0").reset(seed=0)
+        >>> completions = policy([info["transcript"]], n=2)[0]
+        >>> [(completion.finish, len(completion.tokens.action_ids)) for completion in completions]
+        [('length', 8), ('length', 8)]
     """
 
     def __init__(

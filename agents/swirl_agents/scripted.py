@@ -42,8 +42,22 @@ class Scripted:
 def replay(path: str | Path) -> Scripted:
     """Repeats the actions of recorded trajectories, state by state.
 
+    Args:
+        path: file of trajectories, such as the `trajectories.jsonl` of a run folder.
+
     Raises:
         ConfigError: the file holds no trajectory. While acting: a state that was not recorded.
+
+    Examples:
+        >>> import gymnasium as gym, swirl_env
+        >>> from swirl_agents.scripted import replay
+        >>> from swirl_env.wrappers import RecordTrajectories
+        >>> with RecordTrajectories(gym.make("swirl/GSM8K-v0"), "recorded.jsonl") as env:
+        ...     text, info = env.reset(seed=0)
+        ...     first = info["transcript"]
+        ...     text, *_ = env.step("<answer>38</answer>")
+        >>> replay("recorded.jsonl")([first])[0][0].text
+        '<answer>38</answer>'
     """
     if not Path(path).is_file():
         raise ConfigError(f"replay: there is no file {str(path)!r}. Give the trajectories.jsonl of a run.")
@@ -64,7 +78,21 @@ def replay(path: str | Path) -> Scripted:
 
 
 def random_policy(env: ToolEnv) -> Scripted:
-    """Draws a thought, a call or an answer made of words of the prompt; seeded by the transcript's seed."""
+    """Draws a thought, a call or an answer made of words of the prompt; seeded by the transcript's seed. The floor to compare with.
+
+    Args:
+        env: whose tools and grammar it uses (`env.unwrapped`).
+
+    Examples:
+        >>> import gymnasium as gym, swirl_env
+        >>> from swirl_agents.rollout import rollout
+        >>> from swirl_agents.scripted import random_policy
+        >>> env = gym.make("swirl/GSM8K-v0")
+        >>> policy = random_policy(env.unwrapped)
+        >>> trajectory = next(rollout(lambda: gym.make("swirl/GSM8K-v0"), policy, [("gsm8k-train-0", 0)]))
+        >>> trajectory.stop, trajectory.outcome
+        ('answered', 0.0)
+    """
 
     def act(transcript: Transcript) -> str:
         draw = np.random.default_rng(transcript.seed or 0)
@@ -86,8 +114,19 @@ def oracle(env: ToolEnv) -> Scripted:
     """The gold demonstration of each task of `env`: calculations of the worked solution, or searches for the supporting
     paragraphs, then the gold answer.
 
+    Args:
+        env: whose gold answers and steps it reads (`env.unwrapped`).
+
     Raises:
         ConfigError: the task set has no gold answers, or neither worked solutions nor supporting paragraphs.
+
+    Examples:
+        >>> import gymnasium as gym, swirl_env
+        >>> from swirl_agents.scripted import oracle
+        >>> env = gym.make("swirl/GSM8K-v0")
+        >>> policy, (text, info) = oracle(env.unwrapped), env.reset(seed=0)
+        >>> policy([info["transcript"]])[0][0].text
+        '<calculator>10+3</calculator>'
     """
     grammar, task_set = env.grammar, env.task_set
     planners = {"solution": _solve, "supporting": _look_up}
@@ -123,7 +162,8 @@ def make_scripted(name: str, env: ToolEnv) -> Scripted:
     return makers[name](env)
 
 
-SCRIPTED = ("oracle", "random", "replay")
+SCRIPTED = {"oracle": oracle, "random": random_policy, "replay": replay}
+"""name -> what makes the policy."""
 
 
 def _answer(env: ToolEnv, task: Task, transcript: Transcript) -> Action:

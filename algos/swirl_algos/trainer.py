@@ -76,7 +76,7 @@ class Trainer:
     """
 
     def __init__(
-        self, model, tokenizer, config: TrainerConfig | None = None, *, folder: Path | None = None, seed: int = 0,
+        self, model: Any, tokenizer: Any, config: TrainerConfig | None = None, *, folder: Path | None = None, seed: int = 0,
         log: Callable[[dict[str, Any]], None] = lambda metrics: None,
     ):  # fmt: skip
         self.config = config = config or TrainerConfig()

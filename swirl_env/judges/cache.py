@@ -27,6 +27,18 @@ class Cached:
 
     Raises:
         DataError: the file is no database of verdicts.
+
+    Examples:
+        >>> import gymnasium as gym, swirl_env
+        >>> from swirl_env.judges import make_judge
+        >>> from swirl_env.wrappers import JudgeReward
+        >>> judge = make_judge({"combine": ["rules"], "cache": "verdicts.db"})
+        >>> env = JudgeReward(gym.make("swirl/GSM8K-v0"), judge)
+        >>> for _ in range(2):
+        ...     text, info = env.reset(seed=0)
+        ...     reward = env.step("<calculator>10+3</calculator>")[1]
+        >>> judge.misses, judge.hits
+        (1, 1)
     """
 
     def __init__(self, judge: Judge, path: str | Path):

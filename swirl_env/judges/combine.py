@@ -23,6 +23,17 @@ class Combine:
 
     `mean` and `min` are unknown where a part is unknown, except that a part of 0 settles `min`.
     `Verdict.parts` holds each judge's score.
+
+    Raises:
+        ConfigError: no judge, weights that do not fit, or a way that is none of the four.
+
+    Examples:
+        >>> import gymnasium as gym, swirl_env
+        >>> judge = {"combine": ["rules", "outcome"], "how": "mean", "weights": [1, 3]}
+        >>> env = gym.make("swirl/GSM8K-v0", judge=judge)
+        >>> text, info = env.reset(seed=0)
+        >>> env.step("<calculator>10+3</calculator>")[4]["step"].verdict.parts
+        {'rules@2': 1.0, 'outcome@1': 0.5}
     """
 
     def __init__(self, judges: Sequence[Judge], how: How = "mean", weights: Sequence[float] | None = None):
@@ -88,7 +99,15 @@ class Combine:
 
 class Outcome:
     """An answer is 1 or 0, right or wrong by exact match (math: by number); a last step without one is 0; any other step is
-    0.5, since the outcome says nothing of it. Unknown where the task has no gold answer."""
+    0.5, since the outcome says nothing of it. Unknown where the task has no gold answer.
+
+    Examples:
+        >>> import gymnasium as gym, swirl_env
+        >>> env = gym.make("swirl/GSM8K-v0", judge="outcome")
+        >>> text, info = env.reset(seed=0)
+        >>> [env.step(action)[1] for action in ("<calculator>10+3</calculator>", "<answer>38</answer>")]
+        [0.5, 1.0]
+    """
 
     name, uses_gold = "outcome@1", True
 

@@ -42,7 +42,19 @@ def _verdict(score: float | None, reason: str) -> Verdict:
 
 
 class GoldSteps:
-    """Deterministic and stateless; see the module's text for the rules."""
+    """Rewards each step that brings the episode further along the gold path. Deterministic and stateless.
+
+    Examples:
+        >>> import gymnasium as gym, swirl_env
+        >>> env = gym.make("swirl/GSM8K-v0", judge="gold-steps")
+        >>> text, info = env.reset(seed=0)  # ... if Darius scored 10 points? Marius 3 more, Matt 5 more
+        >>> for action in ("<calculator>10+3</calculator>", "<calculator>10*3</calculator>", "<answer>38</answer>"):
+        ...     verdict = env.step(action)[4]["step"].verdict
+        ...     print(verdict.score, verdict.reason)
+        1.0 brings the value 13
+        0.0 brings nothing new of the gold path
+        1.0 the gold answer
+    """
 
     name = NAME
     uses_gold = True

@@ -47,6 +47,19 @@ class ModelJudge:
         samples: replies a step; the score is their mean over those that can be read. `verdict` only.
 
     A reply that holds no verdict, was refused or failed is unknown (`score=None`) with the reason.
+
+    Raises:
+        ConfigError: another mode, or a number of samples that does not go with it.
+
+    Examples:
+        >>> import gymnasium as gym, swirl_env
+        >>> from swirl_agents.testing_server import ChatServer
+        >>> with ChatServer("The sum uses numbers of the question.\\nGOOD") as server:  # in place of a real model's server
+        ...     env = gym.make("swirl/GSM8K-v0", judge=f"model:{server.url}")
+        ...     text, info = env.reset(seed=0)
+        ...     verdict = env.step("<calculator>10+3</calculator>")[4]["step"].verdict
+        >>> print(verdict.score, verdict.reason)
+        1.0 The sum uses numbers of the question.
     """
 
     uses_gold = False

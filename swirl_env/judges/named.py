@@ -18,6 +18,12 @@ BY_NAME = {
     "gold-steps": "swirl_env.judges.gold:GoldSteps",
     "outcome": "swirl_env.judges.combine:Outcome",
 }
+BY_JSON = {
+    "model": "swirl_env.judges.model:ModelJudge",
+    "combine": "swirl_env.judges.combine:Combine",
+    "cache": "swirl_env.judges.cache:Cached",
+}
+"""Keys of a judge as JSON -> what each makes."""
 _SPEC = """{"combine": ["rules", "model:http://127.0.0.1:8000/v1"], "how": "gate"}"""
 
 

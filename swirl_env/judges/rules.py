@@ -153,11 +153,22 @@ def _verdict(score: float, reason: str) -> Verdict:
 
 
 class RulesJudge:
-    """Deterministic and stateless; see the module's text for the rules.
+    """Scores steps by rules, without a model and without the gold answer. Deterministic and stateless.
 
     Args:
         written: judge what solutions written in prose state, and not the form of an episode with tools.
         off: rules to leave out, by name, of `HABITS` and `written.CHECKS`.
+
+    Examples:
+        >>> import gymnasium as gym, swirl_env
+        >>> env = gym.make("swirl/GSM8K-v0", judge="rules")
+        >>> text, info = env.reset(seed=0)  # ... if Darius scored 10 points? Marius 3 more, Matt 5 more
+        >>> for action in ("<calculator>10+3</calculator>", "<calculator>10+3</calculator>", "<answer>99</answer>"):
+        ...     verdict = env.step(action)[4]["step"].verdict
+        ...     print(verdict.score, verdict.reason)
+        1.0 a new calculation from known numbers
+        0.0 was calculated before
+        0.0 not a result that was calculated
     """
 
     uses_gold = False
@@ -562,4 +573,13 @@ def _text_answer(question: str, paragraphs: list[str], answer: str) -> Verdict:
 
 
 WRITTEN = RulesJudge(written=True)
-"""The judge called `rules-written`."""
+"""`rules-written`: scores solutions written out in prose, step by step, without tools.
+
+Examples:
+    >>> from swirl_env.judges import make_judge
+    >>> from swirl_env.types import Action, StepView
+    >>> thoughts = ["Half of 48 is 48/2 = 24.", "Then 48 + 24 = 73."]
+    >>> views = [StepView("Ann sold 48 clips, then half as many. How many in all?", (), Action(t, thought=t)) for t in thoughts]
+    >>> [verdict.score for verdict in make_judge("rules-written")(views)]
+    [1.0, 0.0]
+"""

@@ -225,5 +225,18 @@ def calculator(expression: str) -> str:
 
     Args:
         expression: Numbers with + - * / ** and brackets.
+
+    Raises:
+        ToolError: what cannot be worked out, or would take too long, with the reason.
+
+    Examples:
+        >>> from swirl_env.tools import calculator
+        >>> calculator(expression="$1,200 * 15%")
+        '180'
+        >>> calculator(expression="0.1 + 0.2")
+        '0.3'
+        >>> calculator(expression="9**9**9")
+        Traceback (most recent call last):
+        swirl_env.errors.ToolError: The power is too large: its result would have over 1,000 digits.
     """
     return show(evaluate(expression))

@@ -180,6 +180,24 @@ def mcp_tools(
 
     Raises:
         ConfigError: the package `mcp` is missing, or the server cannot be reached or offers no tool.
+
+    Examples:
+        >>> server = '''
+        ... from mcp.server import MCPServer
+        ... server = MCPServer("weather")
+        ... @server.tool()
+        ... def temperature(city: str) -> str:
+        ...     'Tells the temperature in a city.'
+        ...     return {"Bern": "12 degrees"}.get(city, "unknown")
+        ... server.run()
+        ... '''
+        >>> written = open("weather.py", "w").write(server)
+        >>> import sys, gymnasium as gym, swirl_env
+        >>> env = gym.make("swirl/Tasks-v0", tools=[f"mcp:{sys.executable} weather.py"])
+        >>> text, info = env.reset(seed=0)
+        >>> text, *_, info = env.step("<temperature>Bern</temperature>")
+        >>> print(info["step"].observation)
+        <result>12 degrees</result>
     """
     session = McpServer(server, timeout, env, headers)
     try:

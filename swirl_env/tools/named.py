@@ -12,7 +12,15 @@ from swirl_env.tools.search import make_search
 from swirl_env.tools.sql import Sql
 from swirl_env.types import Tool
 
-NAMES = ("calculator", "search", "python", "sql:FILE", "mcp:COMMAND", "mcp:URL")
+NAMES = {
+    "calculator": "swirl_env.tools.calculator:calculator",
+    "search": "swirl_env.tools.search.tool:Search",
+    "python": "swirl_env.tools.python:Python",
+    "sql:FILE": "swirl_env.tools.sql:Sql",
+    "mcp:COMMAND": "swirl_env.tools.mcp:mcp_tools",
+    "mcp:URL": "swirl_env.tools.mcp:mcp_tools",
+}
+"""name -> what makes the tool."""
 
 
 def named_tools(name: str, search: Any = None) -> list[Tool]:

@@ -50,6 +50,14 @@ class Python:
 
     Raises:
         ConfigError: neither namespaces nor bubblewrap work here, and `unsafe` is not set.
+
+    Examples:
+        >>> import gymnasium as gym, swirl_env
+        >>> env = gym.make("swirl/GSM8K-v0", tools=["python"])
+        >>> text, info = env.reset(seed=0)
+        >>> text, *_, info = env.step("<python>sum(range(10))</python>")
+        >>> print(info["step"].observation)
+        <result>45</result>
     """
 
     name = "python"

@@ -52,6 +52,19 @@ class Sql:
 
     Raises:
         ConfigError: there is no such file, it is no SQLite database, or it has no table.
+
+    Examples:
+        >>> import sqlite3
+        >>> with sqlite3.connect("shop.db") as shop:
+        ...     _ = shop.execute("create table fruit (name text, price real)")
+        ...     _ = shop.execute("insert into fruit values ('pear', 0.4), ('fig', 0.9)")
+        >>> import gymnasium as gym, swirl_env
+        >>> env = gym.make("swirl/Tasks-v0", tools=["sql:shop.db"])
+        >>> text, info = env.reset(seed=0)
+        >>> text, *_, info = env.step("<sql>select name from fruit where price > 0.5</sql>")
+        >>> print(info["step"].observation)
+        <result>name
+        fig</result>
     """
 
     name = "sql"

@@ -50,6 +50,20 @@ class Search:
         backend: `bm25`, `dense`, `hybrid` or `wikipedia`.
         settings: `model` of `dense` and `hybrid` (see `Dense`); `language`, `api`, `contact`, `requests_per_second` and
             `deadline_seconds` of `wikipedia` (see `Wikipedia`).
+
+    Raises:
+        UnknownNameError: no such back end or setting, with the near match.
+        ConfigError: a value that cannot work, or a package that is missing.
+        DataError: the corpus file is missing or broken, with the place.
+
+    Examples:
+        >>> import gymnasium as gym, swirl_env
+        >>> env = gym.make("swirl/HotPotQA-v0", search={"backend": "bm25", "k": 1})
+        >>> text, info = env.reset(seed=0)
+        >>> text, *_, info = env.step("<search>Unreal series studio</search>")
+        >>> print(info["step"].observation[:100])
+        <result>Digital Extremes
+        Digital Extremes is a Canadian computer and video game development studio f
     """
 
     name = "search"
