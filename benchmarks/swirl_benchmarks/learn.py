@@ -56,26 +56,27 @@ class LearnConfig:
 
     hidden: int = 96
     layers: int = 3
-    together: int = 2400
+    together: int = 4000
     """demonstrations that all seeds share"""
     chunk: int = 400
     """demonstrations between looks at how weak the policy still is"""
     weak: float = 0.3
     """accuracy at which the warm start ends"""
-    practised: int = 128
+    practised: int = 384
     samples: int = 4
     unseen: int = 200
-    imitate: SftConfig = SftConfig(learning_rate=3e-3, epochs=1, batch_size=8, row_tokens=16_384)
+    begin: SftConfig = SftConfig(learning_rate=2e-3, epochs=1, batch_size=8, row_tokens=16_384)
+    imitate: SftConfig = SftConfig(learning_rate=1e-3, epochs=1, batch_size=8, row_tokens=16_384)
     sft: SftConfig = SftConfig(learning_rate=1e-3, epochs=3, batch_size=8, row_tokens=16_384)
     swirl: SwirlConfig = SwirlConfig(
-        learning_rate=5e-4, epochs=4, batch_size=16, samples=8, max_new_tokens=TOKENS, beta=0.01, row_tokens=16_384
-    )
+        learning_rate=4e-4, epochs=5, batch_size=16, samples=8, temperature=0.7, max_new_tokens=TOKENS, beta=0.01, row_tokens=16_384
+    )  # fmt: skip
     reinforce: ReinforceConfig = ReinforceConfig(
-        learning_rate=5e-4, updates=30, batch_size=16, samples=4, max_new_tokens=TOKENS, beta=0.01, row_tokens=16_384
-    )
+        learning_rate=2e-4, updates=30, batch_size=16, samples=4, temperature=0.7, max_new_tokens=TOKENS, beta=0.01, row_tokens=16_384
+    )  # fmt: skip
     grpo: GrpoConfig = GrpoConfig(
-        learning_rate=5e-4, updates=500, batch_size=16, samples=8, max_new_tokens=TOKENS, beta=0.01, row_tokens=16_384
-    )
+        learning_rate=2e-4, updates=500, batch_size=24, samples=8, temperature=0.7, max_new_tokens=TOKENS, beta=0.01, row_tokens=16_384
+    )  # fmt: skip
 
 
 class Additions:
@@ -184,8 +185,8 @@ def begin(config: LearnConfig, folder: Path) -> None:
     torch.set_num_threads(1)  # of so small a model two threads are slower
     gold = demonstrate(range(config.together))
     tokenizer = tokenizer_of(gold[:400])
-    trainer = Trainer(model_of(tokenizer, config), tokenizer, TrainerConfig(schedule="constant", warmup=0.5))
-    sft.train(trainer, gold, config.imitate)
+    trainer = Trainer(model_of(tokenizer, config), tokenizer)
+    sft.train(trainer, gold, config.begin)
     trainer.save_model(folder)
 
 
