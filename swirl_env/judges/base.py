@@ -62,8 +62,16 @@ def _unknown(verdict: Any, name: str) -> Verdict:
 
 
 def key_of(judge: Judge, view: StepView) -> tuple[Any, ...]:
-    """All that a judge's verdict depends on, for a cache: what the judge says it is, else its name and the whole view."""
-    return judge.key(view) if hasattr(judge, "key") else (judge.name, io.dumps(view))
+    """All that a judge's verdict depends on, for a cache: what the judge says it is, else its name and the whole view, but for how
+    long tools took."""
+    if hasattr(judge, "key"):
+        return judge.key(view)
+    steps = tuple(replace(step, results=_timeless(step.results)) for step in view.steps)
+    return judge.name, io.dumps(replace(view, steps=steps, results=_timeless(view.results)))
+
+
+def _timeless(results: Any) -> Any:
+    return None if results is None else tuple(replace(result, seconds=0.0) for result in results)
 
 
 def views(trajectory: Trajectory) -> list[StepView]:
