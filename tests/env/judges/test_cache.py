@@ -17,7 +17,7 @@ from swirl_env.judges import ask
 from swirl_env.judges.cache import Cached
 from swirl_env.judges.combine import Combine
 from swirl_env.testing import check_judge_contract
-from swirl_env.types import Action, StepView, Verdict
+from swirl_env.types import Action, Step, StepView, ToolResult, Verdict
 
 
 class Counting:
@@ -42,6 +42,14 @@ class Counting:
 
 def view(text, question="Why?"):
     return StepView(question, (), Action(text, text), 3)
+
+
+def test_how_long_tools_took_is_no_other_question(tmp_path):
+    cached = Cached(Counting(), tmp_path / "verdicts.db")
+    for text, seconds in (("12", 0.1), ("12", 0.2), ("13", 0.1)):
+        results = (ToolResult(text, seconds=seconds),)
+        ask(cached, [StepView("Why?", (Step(Action("a"), results),), Action("b"), 3, None, results)])
+    assert (cached.hits, cached.misses) == (1, 2)
 
 
 def test_asked_once(tmp_path):
