@@ -240,7 +240,7 @@ def contestant(
     began, log = time.monotonic(), list[dict[str, Any]]()
     model, tokenizer = load_model(str(folder / f"warm-{seed}"), training=True)
     trainer = Trainer(model, tokenizer, TrainerConfig(tracker="none"), seed=seed, log=log.append)
-    kept, judging = list(read(folder / f"kept-{seed}.jsonl", Trajectory)), partial(make_env, judge=JUDGE)
+    kept, judging = _kept(folder, seed), partial(make_env, judge=JUDGE)
     if name == "SWiRL":
         swirl.train(trainer, kept, Additions(), make_env().unwrapped.grammar, config.swirl)  # type: ignore[attr-defined]
     elif name == "SFT, same trajectories":
@@ -255,6 +255,10 @@ def contestant(
         "policy": _measured(model, tokenizer, config, folder, seed, name),
         "curve": [[round(one["score"], 4), round(one["kl"], 5)] for one in log if one.get("score") is not None and "kl" in one],
     }  # fmt: skip
+
+
+def _kept(folder: Path, seed: int) -> list[Trajectory]:
+    return sorted(read(folder / f"kept-{seed}.jsonl", Trajectory), key=lambda one: one.key)  # not as episodes happened to end
 
 
 def _practised(config: LearnConfig, seed: int) -> list[str]:
