@@ -4,8 +4,8 @@ A tiny Llama with a tokenizer of its own imitates gold demonstrations; from half
 of its own, until it is a weak policy: right on three of ten questions or more (it is looked at every 400 demonstrations). That is the warm start. It acts on other
 questions, and a judge scores each step by process alone (`Additions`): it sees the question and the steps so far, neither the gold
 answer nor the step's result, so nothing looks at whether the final answer is right. SWiRL learns from the trajectories that the process
-filter keeps; SFT imitates the same ones; REINFORCE acts anew with the same judge; GRPO acts anew for the outcome until it has sampled
-as many tokens as SWiRL, stage 1 included. All start from the warm start and are measured on the same unseen questions, greedily.
+filter keeps; SFT imitates the same ones; REINFORCE acts anew with the same judge, GRPO for the outcome, each with fewer tokens than SWiRL
+(`swirl bench ledger` compares at equal ones). All start from the warm start and are measured on the same unseen questions, greedily.
 
 The problems are sums of three to five numbers, and the calculator adds: what is to be learned is which numbers, in which order, and when
 to answer. `Additions` knows all of that: for sums it is a complete verifier of the way. The general `rules` judge is not, and was pleased by `13+13` and by wrong signs: with it the process
@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -69,13 +69,14 @@ class LearnConfig:
     imitate: SftConfig = SftConfig(learning_rate=1e-3, epochs=1, batch_size=8, row_tokens=16_384)
     sft: SftConfig = SftConfig(learning_rate=1e-3, epochs=3, batch_size=8, row_tokens=16_384)
     swirl: SwirlConfig = SwirlConfig(
-        learning_rate=4e-4, epochs=5, batch_size=16, samples=8, temperature=0.7, max_new_tokens=TOKENS, beta=0.01, row_tokens=16_384
+        learning_rate=2.5e-4, epochs=10, batch_size=16, samples=8, temperature=0.7, max_new_tokens=TOKENS, beta=0.01, row_tokens=16_384
     )  # fmt: skip
     reinforce: ReinforceConfig = ReinforceConfig(
         learning_rate=2e-4, updates=30, batch_size=16, samples=4, temperature=0.7, max_new_tokens=TOKENS, beta=0.01, row_tokens=16_384
     )  # fmt: skip
     grpo: GrpoConfig = GrpoConfig(
-        learning_rate=2e-4, updates=500, batch_size=24, samples=8, temperature=0.7, max_new_tokens=TOKENS, beta=0.01, row_tokens=16_384
+        learning_rate=2e-4, updates=500, batch_size=24, samples=8, temperature=0.7, max_new_tokens=TOKENS, beta=0.01, row_tokens=16_384,
+        token_budget=100_000,
     )  # fmt: skip
 
 
@@ -227,9 +228,7 @@ def warm_start(config: LearnConfig, folder: Path, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def contestant(
-    config: LearnConfig, folder: Path, seed: int, name: str, token_budget: int | None = None
-) -> dict[str, Any]:
+def contestant(config: LearnConfig, folder: Path, seed: int, name: str) -> dict[str, Any]:
     """What one algorithm makes of a seed's warm start: its figures; its unseen questions lie in `folder/SEED-NAME.jsonl`."""
     import torch
     from swirl_agents.models import load_model
@@ -248,7 +247,7 @@ def contestant(
     elif name == "REINFORCE":
         reinforce.train(trainer, judging, _practised(config, seed), config.reinforce)
     else:
-        grpo.train(trainer, judging, _practised(config, seed), replace(config.grpo, token_budget=token_budget))
+        grpo.train(trainer, judging, _practised(config, seed), config.grpo)
     sampled = [metrics["sampled_tokens"] for metrics in log if "sampled_tokens" in metrics]
     return {
         "seconds": round(time.monotonic() - began, 1), "sampled_tokens": sum(sampled),
@@ -258,7 +257,8 @@ def contestant(
 
 
 def _kept(folder: Path, seed: int) -> list[Trajectory]:
-    return sorted(read(folder / f"kept-{seed}.jsonl", Trajectory), key=lambda one: one.key)  # not as episodes happened to end
+    """In an order that is not that in which episodes happened to end."""
+    return sorted(read(folder / f"kept-{seed}.jsonl", Trajectory), key=lambda one: one.key)
 
 
 def _practised(config: LearnConfig, seed: int) -> list[str]:
@@ -304,9 +304,9 @@ def learn_figures(
     running: dict[Future, tuple[int, str]] = {}
     with ProcessPoolExecutor(os.cpu_count() or 1, context) as pool:
 
-        def start(seed: int, name: str, *arguments: Any) -> None:
+        def start(seed: int, name: str) -> None:
             job = warm_start if name == WARM else contestant
-            named = () if name == WARM else (name, *arguments)
+            named = () if name == WARM else (name,)
             running[pool.submit(job, config, folder, seed, *named)] = seed, name
 
         if not all((folder / f"warm-{seed}").exists() for seed in seeds):
@@ -318,11 +318,10 @@ def learn_figures(
                 seed, name = running.pop(job)
                 found[seed][name] = done = job.result()
                 if name == WARM:  # the longest first
-                    for next_name in ("SWiRL", "REINFORCE", "SFT, same trajectories"):
+                    for next_name in ("GRPO", "SWiRL", "REINFORCE", "SFT, same trajectories"):
                         start(seed, next_name)
                 elif name == "SWiRL":
                     done["sampled_tokens"] += found[seed][WARM]["sampled_tokens"]
-                    start(seed, "GRPO", done["sampled_tokens"])
     figures = [_of_seed(one, folder) for one in found.values()]
     return {
         "env": "swirl/Arithmetic-v0", "kwargs": KWARGS, "judge": Additions.name, "config": asdict(config), "seeds": figures,
