@@ -458,8 +458,9 @@ def test_names_tell_runs_apart(tmp_path, made):
     index = Index([tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "c"])
     assert list(index.runs) == ["a/run", "b/run", "c"]
     assert index.facet(Selection(), "stage") == [("kept", 3)]
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="no trajectory yet"):
-        Index([tmp_path])
+        Index([tmp_path / "empty"])
     assert files_of(tmp_path / "c") == [tmp_path / "c" / "kept.jsonl"]
 
 
