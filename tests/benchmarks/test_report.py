@@ -8,9 +8,10 @@ import sys
 from dataclasses import replace
 
 import pytest
+from markupsafe import Markup
 from swirl_agents.scripted import make_scripted
 from swirl_algos import stages
-from swirl_benchmarks import evaluate
+from swirl_benchmarks import evaluate, report_plots
 from swirl_benchmarks.report import write_report
 
 from swirl_env.errors import ConfigError
@@ -55,6 +56,14 @@ def made(tmp_path_factory):
 @pytest.fixture
 def run(made, tmp_path):
     return shutil.copytree(made, tmp_path / "run")
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Plots are laid out, but not drawn, which takes most of the time."""
+    monkeypatch.setattr(
+        report_plots, "_save", lambda name, figure, about: report_plots.Plot(name, Markup("<svg></svg>"), b"", about)
+    )
 
 
 def page_of(run, tmp_path):
@@ -111,7 +120,7 @@ def test_it_is_whole_in_itself_and_text_stays_text(run, tmp_path):
         (lambda run: (run / "judged.jsonl").write_text('{"task": 1}\n'), "judged.jsonl:1"),
     ],
 )
-def test_what_cannot_be_read_is_told_and_the_rest_is_shown(spoil, says, run, tmp_path):
+def test_what_cannot_be_read_is_told_and_the_rest_is_shown(spoil, says, run, tmp_path, undrawn):
     spoil(run)
     page, notes = page_of(run, tmp_path)
     assert any(says in note for note in notes)
@@ -127,7 +136,7 @@ def test_what_cannot_be_read_is_told_and_the_rest_is_shown(spoil, says, run, tmp
         {"versions": "1.0", "sets": 3},
     ],
 )
-def test_figures_of_another_schema_are_told_and_the_rest_is_shown(results, run, tmp_path):
+def test_figures_of_another_schema_are_told_and_the_rest_is_shown(results, run, tmp_path, undrawn):
     (run / "results.json").write_text(json.dumps(results))
     (run / "judged-other.jsonl").write_text(
         (run / "judged.jsonl").read_text().replace('"steps":[', '"steps":[],"x":[', 1)
@@ -137,7 +146,7 @@ def test_figures_of_another_schema_are_told_and_the_rest_is_shown(results, run, 
     assert "<h3>Reward by step</h3>" in page and "<h3>Slowest tools</h3>" in page
 
 
-def test_what_is_no_run_is_left_out_and_a_run_in_a_run_is_no_policy(run, made, tmp_path):
+def test_what_is_no_run_is_left_out_and_a_run_in_a_run_is_no_policy(run, made, tmp_path, undrawn):
     shutil.copytree(made, run / "inner")
     (tmp_path / "notes.txt").touch()
     notes = write_report([tmp_path / "notes.txt", run], tmp_path / "r.html", tmp_path / "png")
@@ -145,7 +154,7 @@ def test_what_is_no_run_is_left_out_and_a_run_in_a_run_is_no_policy(run, made, t
     assert "inner, " not in (tmp_path / "r.html").read_text()
 
 
-def test_a_run_that_nobody_judged_has_no_share_of_good_ones(run, tmp_path):
+def test_a_run_that_nobody_judged_has_no_share_of_good_ones(run, tmp_path, undrawn):
     for path in [*run.glob("judged*"), run / "kept.jsonl"]:
         path.unlink()
     page, _ = page_of(run, tmp_path)
