@@ -27,6 +27,8 @@ from swirl_env.types import Trajectory
 
 WORST = 5
 """Regressions that are shown of each pair."""
+STEPS = 30
+"""Steps of an episode that are shown: one of thousands would fill the page."""
 FIGURES = {
     "outcome": "outcome",
     "process": "process score",
@@ -378,12 +380,12 @@ def _told(policy: str, one: Trajectory) -> dict[str, Any]:
             "score": None if step.verdict is None or step.verdict.score is None else f"{step.verdict.score:.2f}",
             "reason": "" if step.verdict is None else _short(step.verdict.reason, 160),
         }
-        for step in one.steps
+        for step in one.steps[:STEPS]
     ]
     return {
         "policy": policy,
         "steps": steps,
-        "stop": one.stop,
+        "stop": one.stop if len(one.steps) <= STEPS else f"{one.stop}, the first {STEPS} of {len(one.steps):,} steps",
         "outcome": "unknown" if one.outcome is None else f"{one.outcome:.2f}",
     }
 
@@ -421,14 +423,15 @@ def _curves(run: Run, name: str) -> Section:
 
 def _by_step(run: Run, name: str) -> Section:
     section = Section(
-        "Reward by step", "Mean score of the judged actions at each step of an episode, and how many there are."
+        "Reward by step",
+        f"Mean score of the judged actions at each step of an episode (the first {STEPS}), and how many there are.",
     )
     groups = {"stage 1": run.made, **run.played} if run.made else run.played
     shown: dict[str, list[tuple[float, int]]] = {}
     for policy, played in groups.items():
         scores: dict[int, list[float]] = defaultdict(list)
         for one in played:
-            for i, step in enumerate(one.steps):
+            for i, step in enumerate(one.steps[:STEPS]):
                 if step.verdict is not None and step.verdict.score is not None:
                     scores[i].append(step.verdict.score)
         if scores:

@@ -15,7 +15,9 @@ from swirl_benchmarks import evaluate, report_plots
 from swirl_benchmarks.report import write_report
 
 from swirl_env.errors import ConfigError
+from swirl_env.io import dumps, read
 from swirl_env.judges import make_judge
+from swirl_env.types import Trajectory
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -159,6 +161,14 @@ def test_a_run_that_nobody_judged_has_no_share_of_good_ones(run, tmp_path, undra
         path.unlink()
     page, _ = page_of(run, tmp_path)
     assert "answer right (outcome)" in page and "every step good" not in page
+
+
+def test_an_episode_of_thousands_of_steps_fills_no_page(run, tmp_path, undrawn):
+    path = run / "eval" / "swirl.jsonl"
+    one = next(read(path, Trajectory))
+    path.write_text(dumps(replace(one, steps=one.steps[:1] * 5_000)) + "\n")
+    page, _ = page_of(run, tmp_path)
+    assert len(page) < 200_000 and "the first 30 of 5,000 steps" in page and "step 31" not in page
 
 
 def test_nothing_to_show_is_a_sentence(tmp_path):
