@@ -316,7 +316,17 @@ GROUPS: dict[str, dict[str, Callable]] = {
     "data": {"list": data_list, "fetch": data_fetch},
     "export": {"model": steps.export_model, "rows": steps.export_rows},
 }
-RESUMED = {"run", "generate", "judge", "train", "bench smoke", "bench paper", "bench transfer", "data fetch"}
+RESUMED = {
+    "run",
+    "generate",
+    "judge",
+    "train",
+    "bench smoke",
+    "bench paper",
+    "bench transfer",
+    "bench ledger",
+    "data fetch",
+}
 """Commands that go on where they stopped."""
 
 

@@ -4,6 +4,7 @@ Questions are the unit: intervals come from resampling questions with all of the
 resamples, fixed seed). A mean of zeros and ones gets Wilson's interval, which stays honest where all values are equal.
 """
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,8 @@ from swirl_env.tasks.base import TaskSet
 from swirl_env.types import Trajectory
 
 RESAMPLES = 10_000
+DRAWN = 4_000_000
+"""Units that are drawn at once: a set of thousands of questions needs no gigabyte."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +45,19 @@ def wilson(successes: float, n: int) -> Estimate:
     return Estimate(mean, max(0.0, low), min(1.0, high))
 
 
-def bootstrap(values_N: Sequence[float], weights_N: Sequence[float] | None = None, seed: int = 0) -> Estimate:
+def bootstrap(
+    values_N: Sequence[float],
+    weights_N: Sequence[float] | None = None,
+    seed: int = 0,
+    strata_N: Sequence[Any] | None = None,
+) -> Estimate:
     """sum(values) / sum(weights) with its percentile bootstrap interval over the N units.
 
     Args:
         values_N: one number a unit.
         weights_N: its denominator (how many actions it has, say); `None`: 1 each, the plain mean.
         seed: of the resampling.
+        strata_N: which stratum (set, source) a unit is of: each keeps its size in every resample; `None`: all are of one.
 
     Returns:
         without bounds for a single unit; without a mean where there is nothing.
@@ -60,11 +69,23 @@ def bootstrap(values_N: Sequence[float], weights_N: Sequence[float] | None = Non
     mean = float(values.sum() / weights.sum())
     if len(values) < 2:
         return Estimate(mean, None, None)
-    draw = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
-    below = weights[draw].sum(1)
-    ratios = values[draw].sum(1)[below > 0] / below[below > 0]
-    low, high = np.quantile(ratios, [0.025, 0.975])
+    rng, sums_R2 = np.random.default_rng(seed), np.zeros((RESAMPLES, 2))
+    for units in _strata(len(values), strata_N):
+        rows = max(1, DRAWN // len(units))
+        for start in range(0, RESAMPLES, rows):
+            part = sums_R2[start : start + rows]
+            draw = units[rng.integers(len(units), size=(len(part), len(units)))]
+            part += np.stack([values[draw].sum(1), weights[draw].sum(1)], 1)
+    above, below = sums_R2[sums_R2[:, 1] > 0].T
+    low, high = np.quantile(above / below, [0.025, 0.975])
     return Estimate(mean, float(low), float(high))
+
+
+def _strata(n: int, strata_N: Sequence[Any] | None) -> list[np.ndarray]:
+    """The places of the units of each stratum."""
+    if strata_N is None:
+        return [np.arange(n)]
+    return [np.flatnonzero([other == stratum for other in strata_N]) for stratum in dict.fromkeys(strata_N)]
 
 
 def share(counts_N: Sequence[float], totals_N: Sequence[float]) -> Estimate:
@@ -84,7 +105,8 @@ def _mean(values_N: list[float], strata_N: Sequence[Any] | None = None) -> Estim
     if strata_N is not None and len(set(strata_N)) > 1:
         sizes = Counter(strata_N)
         weights = [1 / sizes[stratum] for stratum in strata_N]
-        return bootstrap([value * weight for value, weight in zip(values_N, weights, strict=True)], weights)
+        weighted = [value * weight for value, weight in zip(values_N, weights, strict=True)]
+        return bootstrap(weighted, weights, strata_N=strata_N)
     if set(values_N) <= {0.0, 1.0}:
         return wilson(sum(values_N), len(values_N))
     return bootstrap(values_N)
@@ -179,13 +201,23 @@ def paired_difference(
     before: Sequence[Trajectory], after: Sequence[Trajectory], value: Value, macro: str | None = None
 ) -> Estimate:
     """Mean of after - before over the same questions, with its bootstrap interval; a question with an unknown is left out.
+    Where every question changes by 0, by 1 or by -1, resampling says nothing of the others: Wilson's bound stands in.
     `macro` as in `summary`."""
     old, new = _by_question(before, value), _by_question(after, value)
     both = [task_id for task_id in new if task_id in old]
     strata = {trajectory.task.id: trajectory.task.meta.get(macro or "") for trajectory in after}
-    sizes = Counter(strata[task_id] for task_id in both)
-    weights = [1 / sizes[strata[task_id]] for task_id in both]
-    return bootstrap([(new[task_id] - old[task_id]) * w for task_id, w in zip(both, weights, strict=True)], weights)
+    return _difference([new[task_id] - old[task_id] for task_id in both], [strata[task_id] for task_id in both])
+
+
+def _difference(changes_N: Sequence[float], strata_N: Sequence[Any]) -> Estimate:
+    """Mean over strata of the mean change within each."""
+    if len(changes_N) > 1 and len(set(changes_N)) == 1 and (mean := changes_N[0]) in (-1, 0, 1):
+        doubt = wilson(0, len(changes_N)).high or 0.0
+        return Estimate(float(mean), max(-1.0, mean - doubt), min(1.0, mean + doubt))
+    sizes = Counter(strata_N)
+    weights = [1 / sizes[stratum] for stratum in strata_N]
+    weighted = [change * weight for change, weight in zip(changes_N, weights, strict=True)]
+    return bootstrap(weighted, weights, strata_N=strata_N)
 
 
 def by_group(trajectories: Sequence[Trajectory], key: str, value: Value) -> dict[str, dict[str, Any]]:
@@ -212,7 +244,7 @@ def majority(task_set: TaskSet, group: Sequence[Trajectory]) -> str | None:
 
 
 def of_samples(task_set: TaskSet, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
-    """`pass` and `majority`: {k: {mean, low, high}} for k = 1, 2, 4, ... and all samples of a question.
+    """`pass` and `majority`: {k: {mean, low, high}} for k = 1, 2, 4, ... and all samples of a question, averaged as the outcome is.
 
     `pass` counts samples whose outcome is at least 0.5; `majority` is the outcome of the majority of the first k samples.
     Questions without a gold answer, or of which an error ended a sample, are left out.
@@ -223,12 +255,13 @@ def of_samples(task_set: TaskSet, trajectories: Sequence[Trajectory]) -> dict[st
     whole = [group for group in groups.values() if all(one.outcome is not None for one in group)]
     n = min(map(len, whole), default=0)
     sizes = sorted({2**i for i in range(n.bit_length())} | {n}) if n else []
+    strata = None if task_set.macro is None else [group[0].task.meta.get(task_set.macro) for group in whole]
     passed, voted = {}, {}
     for k in sizes:
         right = [(len(group), sum((one.outcome or 0) >= 0.5 for one in group)) for group in whole]
-        passed[str(k)] = asdict(_mean([pass_at_k(many, good, k) for many, good in right]))
-        votes = [task_set.outcome(group[0].task, majority(task_set, group[:k])) for group in whole]
-        voted[str(k)] = asdict(_mean([vote for vote in votes if vote is not None]))
+        passed[str(k)] = asdict(_mean([pass_at_k(many, good, k) for many, good in right], strata))
+        votes = [task_set.outcome(group[0].task, majority(task_set, group[:k])) or 0.0 for group in whole]
+        voted[str(k)] = asdict(_mean(votes, strata))
     return {"pass": passed, "majority": voted}
 
 
@@ -236,11 +269,12 @@ def of_tools(trajectories: Sequence[Trajectory]) -> dict[str, dict[str, Any]]:
     """Tool -> `calls`, `errors` (share), `repeated` (share made before in the episode with equal arguments), `seconds` (mean)."""
     calls: dict[str, list[tuple[bool, bool, float]]] = defaultdict(list)
     for trajectory in trajectories:
-        made: list[Any] = []
+        made: set[tuple[str, str]] = set()
         for step in trajectory.steps:
             for call, result in zip(step.action.calls, step.results, strict=False):
-                calls[call.name].append((result.error is not None, call in made, result.seconds))
-                made.append(call)
+                key = (call.name, json.dumps(call.arguments, sort_keys=True))
+                calls[call.name].append((result.error is not None, key in made, result.seconds))
+                made.add(key)
     return {
         name: {
             "calls": len(rows),
@@ -263,17 +297,16 @@ def of_cost(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
 
 
 def macro_difference(pairs: Mapping[str, tuple[Sequence[Trajectory], Sequence[Trajectory]]], value: Value) -> Estimate:
-    """Mean over sets of the paired difference within each, all sets weighing the same; questions are resampled.
+    """Mean over sets of the paired difference within each, all sets weighing the same; questions are resampled within sets.
 
     Args:
         pairs: set -> (before, after).
         value: of a trajectory.
     """
-    values: list[float] = []
-    weights: list[float] = []
-    for before, after in pairs.values():
+    changes: list[float] = []
+    sets: list[str] = []
+    for name, (before, after) in pairs.items():
         old, new = _by_question(before, value), _by_question(after, value)
-        both = [task_id for task_id in new if task_id in old]
-        values += [(new[task_id] - old[task_id]) / len(both) for task_id in both]
-        weights += [1 / len(both)] * len(both)
-    return bootstrap(values, weights)
+        changes += [new[task_id] - old[task_id] for task_id in new if task_id in old]
+        sets += [name] * (len(changes) - len(sets))
+    return _difference(changes, sets)

@@ -27,6 +27,8 @@ from swirl_env.types import Trajectory
 
 WORST = 5
 """Regressions that are shown of each pair."""
+STEPS = 30
+"""Steps of an episode that are shown: one of thousands would fill the page."""
 FIGURES = {
     "outcome": "outcome",
     "process": "process score",
@@ -110,13 +112,13 @@ def write_report(folders: Sequence[Path], out: Path, png: Path, command: str = "
         raise ConfigError("Give at least one run folder, such as swirl report runs/demo.")
     folders = list({folder.resolve(): folder for folder in folders}.values())
     for folder in folders:
-        if not folder.is_dir():
+        if not folder.exists():
             raise ConfigError(
                 f"There is no run folder {folder}. Give folders of swirl run, swirl generate or swirl bench."
             )
     runs = [read_run(folder) for folder in folders]
-    notes = [note for run in runs for note in run.notes]
     parts = [(run, _sections(run, i)) for i, run in enumerate(runs)]
+    notes = [note for run in runs for note in run.notes]
     if not any(sections for _, sections in parts):
         raise ConfigError(" ".join(notes) or f"Nothing can be shown of {', '.join(map(str, folders))}.")
     across = [_across(one, other) for one, other in pairwise(runs)]
@@ -141,8 +143,16 @@ def write_report(folders: Sequence[Path], out: Path, png: Path, command: str = "
 def read_run(folder: Path) -> Run:
     """Whatever of a run can be read, with notes on the rest."""
     run = Run(folder)
-    run.config = _json(run, folder / "run.json").get("config", {})
+    if not folder.is_dir():
+        run.notes.append(f"{folder} is a file, not a run folder: it is left out.")
+        return run
+    config = _json(run, folder / "run.json").get("config", {})
+    run.config = config if isinstance(config, dict) else {}
     run.results = _json(run, folder / "results.json")
+    for key, kind in {"policies": dict, "differences": dict, "sets": dict, "versions": dict, "models": list}.items():
+        if not isinstance(run.results.get(key, kind()), kind):
+            run.notes.append(f"{folder}/results.json is of another schema: {key!r} is left out.")
+            del run.results[key]
     for path in sorted(folder.glob("*judges*.json")):
         run.bench |= {name: one for name, one in _json(run, path).items() if isinstance(one, dict) and "judges" in one}
     for path in sorted(folder.glob("training/*/metrics.jsonl")):
@@ -156,12 +166,15 @@ def read_run(folder: Path) -> Run:
     if (folder / "kept.jsonl").exists():
         run.kept = sum(1 for _ in _trajectories(run, folder / "kept.jsonl"))
     files = [path for path in folder.glob("*/*.jsonl") if path.parent.name not in ("training", "questions")]
+    files = [path for path in files if not (path.parent / "run.json").exists()]  # a run in a run is given by itself
     files = [path for path in files if not path.name.endswith((".unjudged.jsonl", ".failures.jsonl"))]
     for path in sorted(files, key=lambda path: (path.parent.name, path.stat().st_mtime)):
         if played := list(_trajectories(run, path)):
             name = path.stem if path.parent.name == "eval" else f"{path.parent.name}, {played[0].policy}"
             run.played[name if name not in run.played else f"{path.parent.name}, {path.stem}"] = played
+    sets = run.results.get("sets", {})
     order = [*run.results.get("policies", {}), "base", "warm_start", "swirl"]
+    order += [f"{of}, {model}" for of in sets for model in run.results.get("models", ())]  # as they were given
     run.played = dict(
         sorted(run.played.items(), key=lambda one: order.index(one[0]) if one[0] in order else len(order))
     )
@@ -222,7 +235,15 @@ def _sections(run: Run, index: int) -> list[Section]:
         _judges,
         _tools,
     )
-    sections = [_alarms(run), *(maker(run, f"{index + 1}-{run.name}") for maker in makers)]
+    sections = [_alarms(run)]
+    for maker in makers:
+        try:
+            sections.append(maker(run, f"{index + 1}-{run.name}"))
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration) as error:
+            run.notes.append(
+                f"{run.folder}: {maker.__name__.strip('_').replace('_', ' ')} cannot be shown, its figures are of another schema "
+                f"({type(error).__name__}: {error})."
+            )
     return [one for one in sections if one.tables or one.plots or one.regressions or one.lines]
 
 
@@ -247,6 +268,11 @@ def _headline(run: Run, name: str) -> Section:
         policies |= {f"{of}, {model}": one for model, one in figures["models"].items()}
         first = next(iter(figures["models"]))
         differences |= {f"{of}, {model} - {first}": one for model, one in figures["differences"].items()}
+    if not all(of.keys() >= {"n", *FIGURES} for of in policies.values()):
+        run.notes.append(
+            f"{run.folder}/results.json is of another schema: figures are counted anew from the trajectories."
+        )
+        policies, differences = {}, {}
     if not policies:
         policies = {one: metrics.summary(played, lambda t: {}) for one, played in run.played.items()}
         differences = {f"{b} - {a}": _difference(run.played[a], run.played[b]) for a, b in _pairs(run)}
@@ -258,7 +284,10 @@ def _headline(run: Run, name: str) -> Section:
         "Means with 95 % intervals over questions.",
         [Table(("policy", "questions", *FIGURES.values()), rows)],
     )
-    signed = [(one, *(_signed(of[key]) for key in ("outcome", "process"))) for one, of in differences.items()]
+    counts = [of["n"] for of in policies.values()]
+    signed = [
+        (one, *(_signed(of[key], min(counts)) for key in ("outcome", "process"))) for one, of in differences.items()
+    ]
     if signed:
         section.tables.append(Table(("paired difference", "outcome", "process score"), signed, "Paired differences"))
     for key in ("outcome", "process"):
@@ -278,12 +307,13 @@ def _headline(run: Run, name: str) -> Section:
     return section
 
 
-def _signed(figures: dict[str, Any]) -> str:
+def _signed(figures: dict[str, Any], n: int) -> str:
+    """A difference over `n` questions. Resampling fewer than six says nothing of 0: by chance all of them may change one way."""
     if figures["mean"] is None:
         return "unknown"
     if figures["low"] is None:
         return f"{figures['mean']:+.3f}"
-    clear = ", clear of 0" if figures["low"] > 0 or figures["high"] < 0 else ""
+    clear = ", clear of 0" if n >= 6 and (figures["low"] > 0 or figures["high"] < 0) else ""
     return f"{figures['mean']:+.3f} [{figures['low']:+.3f}, {figures['high']:+.3f}]{clear}"
 
 
@@ -302,7 +332,9 @@ def _pairs(run: Run) -> list[tuple[str, str]]:
 
 def _regressions(run: Run, name: str) -> Section:
     section = Section(
-        "Worst regressions", "Questions on which the later policy does worse than the one before it, the worst first."
+        "Worst regressions",
+        "Questions on which the later policy does worse than the one before it, the worst first. Of several samples the best "
+        "before and the worst after are shown.",
     )
     for before, after in _pairs(run):
         section.regressions += _worse(run.played[before], run.played[after], before, after)
@@ -348,12 +380,12 @@ def _told(policy: str, one: Trajectory) -> dict[str, Any]:
             "score": None if step.verdict is None or step.verdict.score is None else f"{step.verdict.score:.2f}",
             "reason": "" if step.verdict is None else _short(step.verdict.reason, 160),
         }
-        for step in one.steps
+        for step in one.steps[:STEPS]
     ]
     return {
         "policy": policy,
         "steps": steps,
-        "stop": one.stop,
+        "stop": one.stop if len(one.steps) <= STEPS else f"{one.stop}, the first {STEPS} of {len(one.steps):,} steps",
         "outcome": "unknown" if one.outcome is None else f"{one.outcome:.2f}",
     }
 
@@ -369,13 +401,14 @@ def _across(one: Run, other: Run) -> Section | None:
     shared = [name for name in other.played if name in one.played]
     name, later = (shared[-1], shared[-1]) if shared else (list(one.played)[-1], list(other.played)[-1])
     before, after = one.played[name], other.played[later]
-    if not {t.task.id for t in before} & {t.task.id for t in after}:
+    both = {t.task.id for t in before} & {t.task.id for t in after}
+    if not both:
         return None
     labels = f"{one.name}: {name}", f"{other.name}: {later}"
     found = _difference(before, after)
     table = Table(
         ("paired difference", "outcome", "process score"),
-        [(" - ".join(labels[::-1]), *(_signed(of) for of in found.values()))],
+        [(" - ".join(labels[::-1]), *(_signed(of, len(both)) for of in found.values()))],
     )
     return Section(f"{one.name} and {other.name}", "", [table], regressions=_worse(before, after, *labels))
 
@@ -390,14 +423,15 @@ def _curves(run: Run, name: str) -> Section:
 
 def _by_step(run: Run, name: str) -> Section:
     section = Section(
-        "Reward by step", "Mean score of the judged actions at each step of an episode, and how many there are."
+        "Reward by step",
+        f"Mean score of the judged actions at each step of an episode (the first {STEPS}), and how many there are.",
     )
     groups = {"stage 1": run.made, **run.played} if run.made else run.played
     shown: dict[str, list[tuple[float, int]]] = {}
     for policy, played in groups.items():
         scores: dict[int, list[float]] = defaultdict(list)
         for one in played:
-            for i, step in enumerate(one.steps):
+            for i, step in enumerate(one.steps[:STEPS]):
                 if step.verdict is not None and step.verdict.score is not None:
                     scores[i].append(step.verdict.score)
         if scores:
@@ -431,6 +465,8 @@ def _funnel(run: Run, name: str) -> Section:
             "process and outcome": sum(process(one) and outcome(one) for one in run.made),
         } | ({} if run.kept is None else {"kept": run.kept})  # fmt: skip
         unknown = sum(not known(one) for one in run.made)
+        if unknown == len(run.made):  # not judged yet: no figure, which is another thing than none that is good
+            del counts["every step good (process)"], counts["process and outcome"]
         section.about = (
             f"Trajectories of stage 1. {unknown} have a step without a verdict."
             if unknown
@@ -447,6 +483,7 @@ def _judges(run: Run, name: str) -> Section:
     section, rows = Section("Judges"), []
     for one, other in combinations(run.judged, 2):
         pairs = [(run.judged[one][key], run.judged[other][key]) for key in run.judged[one] if key in run.judged[other]]
+        pairs = [(left, right) for left, right in pairs if len(left.steps) == len(right.steps)]  # else it was made anew
         found = agreement([left for left, _ in pairs], [right for _, right in pairs])
         shown = ["unknown" if found[key] is None else f"{found[key]:.3f}" for key in ("share", "kappa", "correlation")]
         rows.append((f"{one} and {other}", found["steps"], *shown))

@@ -125,7 +125,7 @@ def by_step(name: str, policies: Mapping[str, Sequence[tuple[float, int]]]) -> P
 
 
 def funnel(name: str, counts: Mapping[str, int]) -> Plot:
-    """How many trajectories are left."""
+    """How many trajectories pass each test."""
     with mpl.rc_context(STYLE):
         figure, (axes,) = _figure(5.6, 0.7 + 0.32 * len(counts))
         bars = axes.barh(list(counts), list(counts.values()), color=SERIES[0])
@@ -133,4 +133,4 @@ def funnel(name: str, counts: Mapping[str, int]) -> Plot:
         axes.invert_yaxis()
         axes.set(xlabel="trajectories", xlim=(0, max(counts.values()) * 1.1))
         axes.grid(axis="y", visible=False)
-        return _save(name, figure, "trajectories left after each test")
+        return _save(name, figure, "how many trajectories pass each test")

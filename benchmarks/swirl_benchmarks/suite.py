@@ -10,8 +10,11 @@ Gemma-2-27b), whose judgement the official metrics stand for here.
 import json
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from functools import partial
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from typing import Any
 import gymnasium as gym
 from pydantic import TypeAdapter
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from swirl_agents.judges import open_judge
 from swirl_agents.scripted import SCRIPTED
@@ -34,10 +38,12 @@ from swirl_env.errors import ConfigError, SwirlError
 from swirl_env.io import Writer, read, read_official
 from swirl_env.tasks.download import data_folder
 from swirl_env.transport import without_credentials
-from swirl_env.types import STRICT, Policy, Trajectory
+from swirl_env.types import STRICT, Policy, Task, Trajectory
 
 FOLDER = Path(__file__).parent / "suites"
 SUITES = ("smoke", "paper", "transfer")
+SAMPLE = 1 << 16
+"""Bytes of a model's file that are looked at, at four places: a training changes all weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +120,7 @@ def run_suite(
     suite, started = load(name), time.monotonic()
     _check(models, limit, samples, temperature, seed)
     trained = {model: trained_on(model) for model in models}
-    if suite.transfer and not any(trained.values()):
+    if suite.transfer and not any(trained[model] for model in models[1:]):
         raise ConfigError(
             f"bench {name} compares checkpoints of swirl run or swirl train: give --model BASE --model RUN/swirl, got {', '.join(models)}."
         )
@@ -123,6 +129,7 @@ def run_suite(
     settings = {"suite": name, "limit": limit, "samples": samples, "temperature": temperature, "max_new_tokens": max_new_tokens,
                 "judge": judge, "seed": seed, "data": None if data is None else str(data)}  # fmt: skip
     claim(folder / "run.json", settings, "--out")
+    _claim_models(folder / "models.json", models)
     questions = {one.name: _questions(one, folder, data, say) for one in suite.sets}
     cells: dict[str, dict[str, list[Trajectory]]] = {one.name: {} for one in suite.sets}
     worlds: dict[str, gym.Env] = {}
@@ -141,10 +148,13 @@ def run_suite(
                 )
             chosen = evaluate.choose(list(worlds[one.name].unwrapped.task_set.tasks), limit, seed)  # type: ignore[attr-defined]
             file = folder / one.name / f"{_file(model)}.jsonl"
-            with _timed(folder, one.name, model, file.with_suffix(".unjudged.jsonl")) as acted:
+            acted, tasks = file.with_suffix(".unjudged.jsonl"), worlds[one.name].unwrapped.task_set.tasks  # type: ignore[attr-defined]
+            _keep(acted, partial(_still_asked, tasks))
+            with _timed(folder, one.name, model, acted):
                 made = stages.generate(
                     make, policy, chosen, acted, samples=samples, seed=seed, name=f"{one.name}, {model[-40:]}"
                 )
+            _keep(file, partial(_still_acted, {trajectory.key: trajectory for trajectory in made}))
             cells[one.name][model] = stages.judge(made, judging, file)
     sittings = list(read(folder / "sittings.jsonl", Sitting))
     sets = {
@@ -212,6 +222,55 @@ def _file(model: str) -> str:
     return name if name == model else f"{name[-60:]}-{digest(model)}"
 
 
+def _claim_models(path: Path, models: Sequence[str]) -> None:
+    """Raise `ConfigError` where a model's files are others than those of the episodes that are there; else note them."""
+    noted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    files = {model: Path(model.removeprefix("replay:")) for model in models}
+    now = {_file(model): _state(place) for model, place in files.items() if place.exists()}
+    if changed := [model for model in files if noted.get(_file(model)) not in (None, now.get(_file(model)))]:
+        raise ConfigError(
+            f"{changed[0]} holds another model than the one whose episodes are in {path.parent}. Use another --out."
+        )
+    if now.keys() - noted.keys():
+        evaluate.write_json(path, noted | now)
+
+
+def _state(place: Path) -> str:
+    """What a model's files (or a replayed file) hold, by their sizes and a sample of each: weights are large."""
+    told = sha256()
+    for path in sorted(place.iterdir()) if place.is_dir() else [place]:
+        if path.is_file():
+            size = path.stat().st_size
+            told.update(f"{path.name} {size} ".encode())
+            with path.open("rb") as file:
+                for start in (0, size // 3, 2 * size // 3, max(0, size - SAMPLE)):
+                    file.seek(start)
+                    told.update(file.read(SAMPLE))
+    return told.hexdigest()[:16]
+
+
+def _keep(path: Path, wanted: Callable[[Trajectory], bool]) -> None:
+    """Leave out of a file what no longer is what it says, so that it is made anew."""
+    found = list(read(path, Trajectory))
+    kept = [one for one in found if wanted(one)]
+    if len(kept) < len(found):
+        stages.rewrite(path, kept)
+
+
+def _still_asked(tasks: Mapping[str, Task], old: Trajectory) -> bool:
+    task = tasks.get(old.task.id)
+    return task is not None and (task.question, task.answers) == (old.task.question, old.task.answers)
+
+
+def _still_acted(made: Mapping[tuple, Trajectory], old: Trajectory) -> bool:
+    """Whether it is the episode that there is now, whatever was thought of it."""
+
+    def acted(one: Trajectory) -> tuple[Any, ...]:
+        return one.stop, *((step.action.text, [result.text for result in step.results]) for step in one.steps)
+
+    return old.key in made and acted(made[old.key]) == acted(old)
+
+
 class _timed:
     """Keeps how long episodes took, also where they are stopped."""
 
@@ -221,9 +280,8 @@ class _timed:
     def _count(self) -> int:
         return sum(1 for line in self.acted.open("rb") if line.endswith(b"\n")) if self.acted.exists() else 0
 
-    def __enter__(self) -> Path:
+    def __enter__(self) -> None:
         self.before, self.began = self._count(), time.monotonic()
-        return self.acted
 
     def __exit__(self, *_: object) -> None:
         if (made := self._count() - self.before) > 0:
@@ -245,11 +303,11 @@ def _questions(one: Set, folder: Path, data: Path | None, say: Callable[[str], N
         say(f"{one.name}: {told}")
         return (paths[0] if paths else None), told
     target = folder / "questions" / f"{one.name}.jsonl"
-    rows = {}
+    rows: dict[str, Any] = {}
     for path in paths:
-        for place, row in read_official(path):
+        for _, row in read_official(path):
             if isinstance(row, dict) and row.get("_id", row.get("id")) in wanted:
-                rows[place] = row
+                rows.setdefault(json.dumps(row, sort_keys=True), row)  # two files may hold the same question
         if {row.get("_id", row.get("id")) for row in rows.values()} == set(wanted):
             break
     found = {row.get("_id", row.get("id")) for row in rows.values()}
@@ -272,7 +330,8 @@ def _official(one: Set, data: Path | None) -> Iterator[Path]:
     for pattern in one.files:
         for folder in (data, data_folder()):
             if folder is not None and folder.is_dir():
-                yield from sorted(path for end in ("", ".gz") for path in folder.glob(pattern + end) if path.is_file())
+                named = {path: path.name.lower().removesuffix(".gz") for path in sorted(folder.iterdir())}
+                yield from (path for path, name in named.items() if fnmatch(name, pattern.lower()) and path.is_file())
 
 
 # -- figures
@@ -353,8 +412,8 @@ def print_suite(results: dict[str, Any], console: Console) -> None:
     models = results["models"]
     table = Table(
         "",
-        *models,
-        title=f"{results['about']}\nmean [95 % interval]; differences are paired, from {models[0]}",
+        *map(escape, models),
+        title=f"{escape(results['about'])}\nmean [95 % interval]; differences are paired, from {escape(models[0])}",
         title_justify="left",
     )
     for column in table.columns[1:]:
@@ -364,23 +423,25 @@ def print_suite(results: dict[str, Any], console: Console) -> None:
         table.add_section()
         table.add_row(f"[bold]{name}[/]", *(f"{of[model]['n']} questions" for model in models))
         for label, values in _rows(figures, models):
-            table.add_row(f"  {label}", *values)
+            table.add_row(f"  {escape(label)}", *values)
     console.print(table)
     for name, figures in results["sets"].items():
         of = figures["models"]
         for key in ("hops", "type"):
             if len(groups := of[models[0]][key]) > 1:
-                detail = Table(key, "questions", *models, title=f"{name}: outcome by {key}", title_justify="left")
+                detail = Table(
+                    key, "questions", *map(escape, models), title=f"{name}: outcome by {key}", title_justify="left"
+                )
                 for group, first in groups.items():
                     shown = [
                         str(Estimate(*(of[model][key][group][part] for part in ("mean", "low", "high"))))
                         for model in models
                     ]
-                    detail.add_row(group, str(first["n"]), *shown)
+                    detail.add_row(escape(group), str(first["n"]), *shown)
                 console.print(detail)
     for model, figures in results.get("transfer", {}).items():
         console.print(
-            f"{model}, trained on {figures['trained_on']}: {_signed(figures['outcome'])} in outcome over the other sets "
+            f"{escape(model)}, trained on {figures['trained_on']}: {_signed(figures['outcome'])} in outcome over the other sets "
             f"({', '.join(figures['other_sets'])})"
         )
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import bootstrap as scipy_bootstrap
+from swirl_benchmarks import metrics
 from swirl_benchmarks.metrics import (
     _mean,
     bootstrap,
@@ -143,6 +144,33 @@ def test_intervals_are_those_of_scipy(values, weighted):
     ).confidence_interval
     mine, near = bootstrap(values, weights), 0.08 * np.std(values) + 1e-9  # two draws of 10,000 differ by that at most
     assert (mine.low, mine.high) == pytest.approx((other.low, other.high), abs=near)
+
+
+def test_strata_keep_their_sizes_as_in_scipy():
+    rng = np.random.default_rng(2)
+    sets = [rng.normal(0, 1, 12).tolist(), rng.normal(4, 0.3, 5).tolist()]
+    other = scipy_bootstrap(
+        sets, lambda a, b, axis=-1: (a.mean(axis) + b.mean(axis)) / 2, vectorized=True, method="percentile", n_resamples=10_000, rng=1
+    ).confidence_interval  # fmt: skip
+    mine = _mean(sets[0] + sets[1], ["a"] * 12 + ["b"] * 5)
+    assert (mine.low, mine.high) == pytest.approx((other.low, other.high), abs=0.05)  # without strata it is 2 wider
+
+
+def test_many_units_are_drawn_in_parts(monkeypatch):
+    values = np.random.default_rng(3).random(40)
+    whole = bootstrap(values)
+    monkeypatch.setattr(metrics, "DRAWN", 1_000)
+    assert bootstrap(values) == whole
+
+
+def test_a_change_that_is_the_same_everywhere_is_not_certain():
+    before, after = (
+        [trajectory(f"q{i}", [1.0], 1.0) for i in range(8)],
+        [trajectory(f"q{i}", [1.0], 0.0) for i in range(8)],
+    )
+    worse, same = (paired_difference(before, other, lambda t: t.outcome) for other in (after, before))
+    assert (worse.mean, worse.low) == (-1.0, -1.0) and worse.high == pytest.approx(-1 + 0.3244, abs=1e-3)
+    assert same.mean == 0 and same.high == -same.low == pytest.approx(0.3244, abs=1e-3)
 
 
 def test_pass_at_k_is_the_share_of_all_draws():

@@ -7,10 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
-from swirl_benchmarks.suite import SUITES, load
+from swirl_algos.stages import rewrite
+from swirl_benchmarks.suite import SUITES, load, run_suite
 
+from swirl_env.errors import ConfigError
 from swirl_env.io import read
 from swirl_env.registration import ENVS
 from swirl_env.tasks.base import DATA
@@ -80,6 +83,32 @@ def test_transfer_knows_what_a_checkpoint_was_trained_on(tiny, tmp_path):
     figures = json.loads((tmp_path / "t.json").read_text())["transfer"]["run/swirl"]
     assert figures["other_sets"] == ["hotpotqa", "musique", "beerqa", "cofca"]
     assert figures["outcome"]["mean"] <= 0
+
+
+def test_it_goes_on_with_the_same_model_and_questions_only(tmp_path):
+    def smoke(model):
+        return run_suite("smoke", [model], tmp_path / "run", data=None, limit=2, samples=1, temperature=0.0, max_new_tokens=8,
+                         judge="rules", seed=0, say=lambda text: None)  # fmt: skip
+
+    smoke("oracle")
+    acted, judged = (tmp_path / "run" / "gsm8k" / f"oracle.{end}" for end in ("unjudged.jsonl", "jsonl"))
+    made = list(read(acted, Trajectory))
+    other = replace(made[0], task=replace(made[0].task, question="Another question under its id?"), outcome=0.0)
+    rewrite(acted, [other, made[1]])
+    lost = [replace(one, stop="error", outcome=None, steps=one.steps[:1]) for one in read(judged, Trajectory)]
+    rewrite(judged, lost)  # as an episode is left that a server failed, and that was made anew since
+    figures = smoke("oracle")["sets"]["gsm8k"]["models"]["oracle"]
+    assert figures["outcome"]["mean"] == 1.0 and figures["stops"] == {"answered": 2}
+    assert sorted(one.task.question for one in read(acted, Trajectory)) == sorted(one.task.question for one in made)
+
+    recorded = tmp_path / "recorded.jsonl"
+    everything = b"".join(path.read_bytes() for path in (tmp_path / "run").glob("*/oracle.unjudged.jsonl"))
+    recorded.write_bytes(everything)
+    smoke(f"replay:{recorded}")
+    smoke(f"replay:{recorded}")
+    recorded.write_bytes(everything.replace(b"answer", b"anSwer"))
+    with pytest.raises(ConfigError, match="another model than the one whose episodes"):
+        smoke(f"replay:{recorded}")
 
 
 @pytest.mark.parametrize(

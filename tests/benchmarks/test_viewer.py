@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from swirl_benchmarks.viewer import pages
 from swirl_benchmarks.viewer.index import SORTS, Index, Selection, files_of
-from swirl_benchmarks.viewer.tokens import cells
+from swirl_benchmarks.viewer.tokens import Speller, cells
 
 from swirl_env.errors import ConfigError
 from swirl_env.io import Writer, dumps
@@ -458,9 +458,30 @@ def test_names_tell_runs_apart(tmp_path, made):
     index = Index([tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "c"])
     assert list(index.runs) == ["a/run", "b/run", "c"]
     assert index.facet(Selection(), "stage") == [("kept", 3)]
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="no trajectory yet"):
-        Index([tmp_path])
+        Index([tmp_path / "empty"])
     assert files_of(tmp_path / "c") == [tmp_path / "c" / "kept.jsonl"]
+
+
+def test_files_of_a_suite_and_of_a_ledger_are_there_and_a_run_in_a_run_is_not(tmp_path, made):
+    seen = ["eval/base.jsonl", "eval/hotpotqa-v0/base.jsonl", "gsm8k/oracle.jsonl", "gsm8k/random.unjudged.jsonl"]
+    for name in (
+        *seen,
+        "gsm8k/oracle.unjudged.jsonl",
+        "gsm8k/oracle.failures.jsonl",
+        "questions/gsm8k.jsonl",
+        "inner/judged.jsonl",
+    ):
+        write(tmp_path / "bench" / name, [made()])
+    (tmp_path / "bench" / "inner" / "run.json").write_text("{}")
+    assert [str(path.relative_to(tmp_path / "bench")) for path in files_of(tmp_path / "bench")] == seen
+
+
+def test_a_tokenizer_that_cannot_be_read_spells_nothing(tmp_path):
+    (tmp_path / "swirl").mkdir()
+    (tmp_path / "swirl" / "tokenizer.json").write_text('{"half')
+    assert Speller().of(tmp_path) is None
 
 
 def test_log_probs_are_shades(made):

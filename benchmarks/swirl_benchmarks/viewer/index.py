@@ -25,7 +25,15 @@ from pydantic_core import from_json
 from swirl_env.errors import ConfigError, DataError, near
 from swirl_env.types import SCHEMA
 
-FILES = ("judged.jsonl", "judged-*.jsonl", "trajectories.jsonl", "kept.jsonl", "eval/*.jsonl", "demonstrations.jsonl")
+FILES = (
+    "judged.jsonl",
+    "judged-*.jsonl",
+    "trajectories.jsonl",
+    "kept.jsonl",
+    "eval/*.jsonl",
+    "eval/*/*.jsonl",
+    "demonstrations.jsonl",
+)
 """The files of a run folder that hold trajectories, in the order of a list."""
 FACETS = {"run": "run", "stage": "file", "env": "environment", "policy": "policy", "stop": "stop reason"}
 """Columns that a list is filtered by value, and what people call them."""
@@ -205,7 +213,15 @@ def files_of(run: Path) -> list[Path]:
     if not run.is_dir():
         return [run]
     found = [path for pattern in FILES for path in sorted(run.glob(pattern)) if path.is_file()]
-    found = [path for path in found if not path.name.endswith(".failures.jsonl")]
+    # of a suite: SET/MODEL.jsonl; a run in a run is given by itself
+    found += [
+        path
+        for path in sorted(run.glob("*/*.jsonl"))
+        if path.parent.name not in ("eval", "training", "questions") and not (path.parent / "run.json").exists()
+    ]
+    found = [
+        path for path in found if path.is_file() and not path.name.endswith(("failures.jsonl", "disagreements.jsonl"))
+    ]
     judged = {path.with_name(path.name.replace(".jsonl", ".unjudged.jsonl")) for path in found}
     return [path for path in found if path not in judged]
 
@@ -252,7 +268,9 @@ class Index:
             for name, run in self.runs.items():
                 paths = [path for path in files_of(run) if path.is_file()]
                 if not paths:
-                    notes.append(f"{run} holds no trajectories: none of {', '.join(FILES)} is there.")
+                    notes.append(
+                        f"{run} holds no trajectories: none of {', '.join(FILES)} or SET/MODEL.jsonl is there."
+                    )
                 for path in paths:
                     stage = str(path.relative_to(run)).removesuffix(".jsonl") if run.is_dir() else ""
                     found[path] = (name, stage)

@@ -189,7 +189,7 @@ class _Pages:
             trajectory = loads(Trajectory, data.decode(errors="replace"), f"{row.place['at']}:{row.line}")
             shown = enumerate(trajectory.steps[first - 1 : first - 1 + STEPS], first)
             steps = [{"number": number, "step": step, "cells": cells(step, spell)} for number, step in shown]
-        except DataError as error:
+        except (DataError, RecursionError) as error:
             return {"row": row, "reason": str(error), "json": _pretty(data)}
         following = first + STEPS if len(trajectory.steps) >= first + STEPS else None
         return {
@@ -219,7 +219,11 @@ def _clip(text: str) -> str:
 
 
 def _pretty(data: bytes) -> str:
-    return json.dumps(json.loads(data.decode(errors="replace")), indent=1, ensure_ascii=False)
+    text = data.decode(errors="replace")
+    try:
+        return json.dumps(json.loads(text), indent=1, ensure_ascii=False)
+    except RecursionError:  # nested too deeply to be laid out
+        return text
 
 
 def _meta(meta: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -30,7 +31,15 @@ def serve(runs: Sequence[Path], port: int = 0, open_browser: bool = False) -> No
     """
     with _listen(port) as listener:
         size = sum(path.stat().st_size for run in runs if run.exists() for path in files_of(run) if path.is_file())
-        with tqdm(total=size, desc="read", unit="B", unit_scale=True, delay=1, dynamic_ncols=True) as progress:
+        with tqdm(
+            total=size,
+            desc="read",
+            unit="B",
+            unit_scale=True,
+            delay=1,
+            dynamic_ncols=True,
+            disable=bool(os.environ.get("SWIRL_QUIET")),
+        ) as progress:
             index = Index(runs, progress.update)
         count, some = index.bad(1)
         for note in index.notes:

@@ -49,7 +49,8 @@ def cells(step: Step, spell: Spell | None) -> Cells | None:
     if not len(ids_A := step.tokens.action_ids):
         return None
     logprobs_A = step.tokens.logprobs[step.tokens.sampled]
-    texts = _texts(ids_A.tolist(), step.action.text, spell) if spell and len(ids_A) <= MOST else None
+    spelled = spell is not None and len(ids_A) <= MOST and ids_A.min() >= 0
+    texts = _texts(ids_A.tolist(), step.action.text, spell) if spell and spelled else None
     shown = [
         Cell(None if texts is None else texts[i], logprob, sum(-logprob > bound for bound in LEVELS))
         for i, logprob in enumerate(logprobs_A[:MOST].tolist())
@@ -99,6 +100,9 @@ def _open(run: Path) -> Spell | None:
         pass  # a file of trajectories has no settings beside it
     for file in files:
         if file.is_file():
-            tokenizer = Tokenizer.from_file(str(file))
+            try:
+                tokenizer = Tokenizer.from_file(str(file))
+            except Exception:  # its only kind of error: half-written, or of another version
+                continue
             return lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
     return None
