@@ -93,12 +93,14 @@ def judge(trajectories: Iterable[Trajectory], judge: Judge, path: Path, unknown_
         JudgeError: more than that is unknown, after `ENOUGH_STEPS` or at the end. What was judged is kept.
     """
     trajectories = list(trajectories)
+    made = {trajectory.key: trajectory for trajectory in trajectories}
     found = {trajectory.key: trajectory for trajectory in read(path, Trajectory)}
     done = {
         key: trajectory
         for key, trajectory in found.items()
         if all(step.verdict is not None and step.verdict.judge == judge.name for step in trajectory.steps)
         and not _unknown(trajectory)
+        and (key not in made or same_episode(made[key], trajectory))  # one that an error ended is made anew
     }
     if len(done) < len(found):
         rewrite(path, done.values())
@@ -130,6 +132,17 @@ def judge(trajectories: Iterable[Trajectory], judge: Judge, path: Path, unknown_
         failures_file = "failures.jsonl" if path.stem == "judged" else f"{path.stem}.failures.jsonl"
         rewrite(path.with_name(failures_file), [failure for one in done.values() for failure in _unknown(one)])
     return [done[trajectory.key] for trajectory in trajectories]
+
+
+def same_episode(one: Trajectory, other: Trajectory) -> bool:
+    """Whether the same was done and seen, whatever was thought of it."""
+
+    def acted(trajectory: Trajectory) -> tuple[Any, ...]:
+        return trajectory.stop, *(
+            (step.action.text, [result.text for result in step.results]) for step in trajectory.steps
+        )
+
+    return acted(one) == acted(other)
 
 
 def _judged(judge: Judge, trajectories: Sequence[Trajectory]) -> Iterator[Trajectory]:

@@ -154,7 +154,8 @@ def run_suite(
                 made = stages.generate(
                     make, policy, chosen, acted, samples=samples, seed=seed, name=f"{one.name}, {model[-40:]}"
                 )
-            _keep(file, partial(_still_acted, {trajectory.key: trajectory for trajectory in made}))
+            now = {trajectory.key: trajectory for trajectory in made}
+            _keep(file, partial(_still_there, now))
             cells[one.name][model] = stages.judge(made, judging, file)
     sittings = list(read(folder / "sittings.jsonl", Sitting))
     sets = {
@@ -262,13 +263,8 @@ def _still_asked(tasks: Mapping[str, Task], old: Trajectory) -> bool:
     return task is not None and (task.question, task.answers) == (old.task.question, old.task.answers)
 
 
-def _still_acted(made: Mapping[tuple, Trajectory], old: Trajectory) -> bool:
-    """Whether it is the episode that there is now, whatever was thought of it."""
-
-    def acted(one: Trajectory) -> tuple[Any, ...]:
-        return one.stop, *((step.action.text, [result.text for result in step.results]) for step in one.steps)
-
-    return old.key in made and acted(made[old.key]) == acted(old)
+def _still_there(made: Mapping[tuple, Trajectory], old: Trajectory) -> bool:
+    return old.key in made and stages.same_episode(made[old.key], old)
 
 
 class _timed:
