@@ -602,7 +602,7 @@ def one_process(tmp_path_factory):
     return script, folder, json.loads(in_processes(1, script, folder, "whole").strip().splitlines()[-1])
 
 
-@pytest.mark.parametrize("how", ["whole", "shard"])
+@pytest.mark.parametrize("how", ["whole", pytest.param("shard", marks=pytest.mark.slow)])
 def test_two_processes_take_the_steps_of_one(how, one_process, tmp_path):
     script, folder, one = one_process
     two = json.loads(in_processes(2, script, tmp_path, how).strip().splitlines()[-1])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from swirl_agents import judges
@@ -20,7 +21,7 @@ from swirl_benchmarks.judging import Disagreement, rejudge
 
 from swirl_env.errors import ConfigError, UnknownArgumentError, UnknownNameError
 from swirl_env.io import Writer, read
-from swirl_env.judges import ask, views
+from swirl_env.judges import ask, make_judge, views
 from swirl_env.judges.cache import Cached
 from swirl_env.types import Trajectory, Verdict
 
@@ -34,6 +35,15 @@ def recorded():
 
     env = make().unwrapped
     return list(rollout(make, oracle(env), [(task_id, 0) for task_id in list(env.task_set.tasks)[:30]]))
+
+
+def test_an_episode_made_anew_is_judged_anew(recorded, tmp_path):
+    judge, path = make_judge("rules"), tmp_path / "judged.jsonl"
+    failed = replace(recorded[0], steps=recorded[0].steps[:1], stop="error", outcome=None)
+    stages.judge([failed, recorded[1]], judge, path)
+    [first, second] = stages.judge(recorded[:2], judge, path)
+    assert (first.stop, len(first.steps)) == ("answered", len(recorded[0].steps))
+    assert [one.key for one in read(path, Trajectory)] == [second.key, first.key]
 
 
 class Server:

@@ -213,7 +213,7 @@ def test_every_algorithm_trains_from_a_run(algorithm, swirl, trained, tmp_path):
     assert "another config (trajectories: '6 (" in swirl(*command, code=2)
 
 
-@pytest.mark.parametrize("left", [("kept.jsonl",), ()])
+@pytest.mark.parametrize("left", [("kept.jsonl",), pytest.param((), marks=pytest.mark.slow)])
 def test_rounds_go_on_where_they_stopped(left, swirl, trained, tmp_path):
     command = [
         "--algo",

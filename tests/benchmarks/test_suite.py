@@ -73,6 +73,7 @@ def test_paper_takes_its_own_questions_where_the_files_are(tmp_path):
     assert figures["gsm8k"]["models"]["oracle"]["overlap"]["f1"]["mean"] == 1
 
 
+@pytest.mark.slow
 def test_transfer_knows_what_a_checkpoint_was_trained_on(tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "run" / "swirl")
     (tmp_path / "run" / "run.json").write_text(json.dumps({"config": {"env": "swirl/GSM8K-v0"}}))
