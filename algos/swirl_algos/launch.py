@@ -185,11 +185,14 @@ def judged_file(folder: Path) -> Path:
     found = sorted(folder.glob("judged-*.jsonl"))
     if (folder / "judged.jsonl").exists():
         return folder / "judged.jsonl"
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
+    if not folder.exists():
+        raise ConfigError(f"There is no {folder}. Make one with swirl generate or swirl run.")
+    if not found:
+        raise ConfigError(f"No trajectories in {folder} were judged. Judge them: swirl judge {folder} --judge rules.")
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
         raise ConfigError(
-            f"One file of judged trajectories is needed in {folder}, found {names}. Judge them: swirl judge {folder} --judge rules; or "
-            "name the file in place of the folder."
+            f"{folder} holds the verdicts of several judges: {names}. Name one in place of the folder: {found[-1]}."
         )
     return found[0]
 

@@ -34,6 +34,9 @@ from swirl_env.io import read
 from swirl_env.judges.cache import Cached
 from swirl_env.types import Trajectory
 
+FEW = 8
+"""Kept trajectories below which a person is told."""
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -144,6 +147,10 @@ def run(config: RunConfig, folder: Path, console: Console, command: str = "") ->
         f"stage 1: {len(kept.kept) + kept.dropped + kept.unknown} trajectories, {len(kept.kept)} kept by the {config.filter} filter, {kept.dropped} dropped, "
         f"{kept.unknown} unknown"
     )
+    if 0 < len(kept.kept) < FEW:
+        console.print(
+            f"{len(kept.kept)} trajectories teach little. More --tasks or --demonstrations give more of them; --filter none keeps all."
+        )
     if not kept.kept:
         raise NothingKept(none_left(config.filter, kept, folder / "judged.jsonl"))
     learn("swirl", Launch(folder, seed=config.seed, trainer=config.trainer), config.swirl, lambda name: judge)

@@ -131,6 +131,11 @@ def test_filter_prints_the_funnel_and_says_where_nothing_is_kept(swirl, tmp_path
     assert "│ 3 │ 1 │ 1 │ 1 │" in swirl("filter", tmp_path)
     assert [t.key for t in read(tmp_path / "kept.jsonl", Trajectory)] == [good.key]
     assert "│ 3 │ 3 │ 0 │ 0 │" in swirl("filter", tmp_path / "judged-x@1.jsonl", "--by", "none")
+    stages.rewrite(tmp_path / "judged-y@1.jsonl", [good])
+    assert "of several judges: judged-x@1.jsonl, judged-y@1.jsonl. Name one in place of the folder:" in swirl(
+        "filter", tmp_path, code=2
+    )
+    (tmp_path / "judged-y@1.jsonl").unlink()
     stages.rewrite(tmp_path / "judged-x@1.jsonl", [unknown, replace(bad, sample=2)])
     said = swirl("filter", tmp_path, "--by", "both", code=2)
     assert "leaves none of the 2 trajectories" in said
@@ -146,6 +151,7 @@ def test_filter_prints_the_funnel_and_says_where_nothing_is_kept(swirl, tmp_path
         (["generate", "swirl/GSM8K-v0", "--model", "oracle", "--out", "new", "--samples", "0"], "--samples must be at least 1"),
         (["generate", "swirl/GSM8K-v0", "--model", "oracle", "--out", "new", "--split", "trian"], "trian"),
         (["filter", "."], "swirl judge . --judge rules"),
+        (["filter", "nowhere"], "There is no nowhere. Make one with swirl generate"),
         (["filter", "judged.jsonl", "--by", "proces"], "Did you mean 'process'?"),
         (["train", "."], "--algo"),
         (["train", ".", "--algo", "swrl"], "Did you mean 'swirl'?"),
@@ -169,7 +175,7 @@ def test_bad_input_is_told(arguments, says, swirl, tmp_path, monkeypatch):
     stages.rewrite(tmp_path / "gold.jsonl", [replace(gold, steps=tuple(replace(s, verdict=None) for s in gold.steps))])
     other = [replace(s, verdict=Verdict(1.0, "", "own@7")) for s in gold.steps]
     stages.rewrite(tmp_path / "judged.jsonl", [replace(gold, steps=tuple(other))])
-    if arguments[1] == "." or arguments[2] == ".":
+    if "." in arguments[1:3]:
         (tmp_path / "judged.jsonl").unlink()
     assert says in swirl(*arguments, code=2)
     assert not (tmp_path / "out.jsonl").exists()
