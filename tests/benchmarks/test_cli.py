@@ -218,6 +218,7 @@ class Moody:
 """
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_what_it_trained_on_though_its_judge_now_knows_more(tiny, tmp_path):
     (tmp_path / "mine.py").write_text(MOODY)
     out, env = tmp_path / "run", os.environ | {"PYTHONPATH": str(tmp_path)}
@@ -235,6 +236,7 @@ def test_a_run_goes_on_with_what_it_trained_on_though_its_judge_now_knows_more(t
     assert json.loads((out / "results.json").read_text())["stage_1"] == first["stage_1"]
 
 
+@pytest.mark.slow
 def test_plain_rows_give_the_same_losses(tiny, tmp_path):
     losses = []
     for flags in ([], ["--reference"]):
