@@ -98,7 +98,6 @@ class Player:
         stop = shown[0].stop
         live = list(range(len(numbers)))
         while live:
-            envs.skip([i for i in range(len(numbers)) if i not in set(live)])
             for i in live:
                 episodes[i].states.append(self._state(shown[i], episodes[i], stop, numbers[i], update))
             completions = self.policy([episodes[i].states[-1] for i in live], 1)
@@ -109,7 +108,7 @@ class Player:
                     episodes[i].outcome = _unanswered(bases[i])
             if not said:
                 break
-            envs.skip([i for i in live if i not in said])
+            envs.skip([i for i in range(len(numbers)) if i not in said])
             actions = [said[i].text if i in said else "" for i in range(len(numbers))]
             _, rewards, terminated, truncated, info = envs.step(actions)
             live = []

@@ -340,9 +340,8 @@ class Trainer:
         if self.sharded and not self._shared_out:
             self._shared_out = True
             dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None
-            for model in {
-                id(one): one for one in (self.model, vars(self).get("reference")) if one is not None
-            }.values():
+            reference = vars(self).get("reference", self.model)  # with a fresh adapter it is the model
+            for model in [self.model] if reference is self.model else [self.model, reference]:
                 sharding.shard(model, self.accelerator.device, self.world, dtype)
 
     def _weights(self) -> dict[str, torch.Tensor] | None:

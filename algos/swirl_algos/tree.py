@@ -362,9 +362,8 @@ def backward(
         entropy: whether the loss reads `entropy_n`, which then has a gradient.
     """
     if pack.layout is None:
-        own = _own_logits(
-            model, pack
-        )  # the model first, as below: processes that share layers gather them in one order
+        # the model first, as below: processes that share layers gather them in one order
+        own = _own_logits(model, pack)
         with frozen(model, reference):
             target = None if reference is None else _own_logits(reference, pack)
         loss(_terms(own, target, pack, slice(None), temperature, exact, entropy)).backward()

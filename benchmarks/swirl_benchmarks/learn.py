@@ -34,7 +34,7 @@ from swirl_algos import stages
 from swirl_algos.configs import GrpoConfig, ReinforceConfig, SftConfig, SwirlConfig, TrainerConfig
 
 import swirl_env  # noqa: F401  registers the ids
-from swirl_benchmarks.metrics import Estimate, paired_difference, process_score, summary
+from swirl_benchmarks.metrics import Estimate, of_cost, paired_difference, process_score, summary
 from swirl_env.env import ToolEnv
 from swirl_env.io import read
 from swirl_env.types import StepView, ToolCall, Trajectory, Verdict
@@ -223,7 +223,7 @@ def warm_start(config: LearnConfig, folder: Path, seed: int) -> dict[str, Any]:
     right = [one.outcome for one in kept if one.outcome is not None]
     return figures | {
         "trajectories": len(drawn), "kept": len(kept), "right_of_kept": sum(right) / max(1, len(right)),
-        "sampled_tokens": sum(len(step.tokens.action_ids) for one in drawn for step in one.steps if step.tokens is not None),
+        "sampled_tokens": of_cost(drawn)["tokens"],
         "seconds": round(time.monotonic() - began, 1),
     }  # fmt: skip
 

@@ -23,7 +23,7 @@ from swirl_algos.launch import WARM_START, Launch
 from swirl_algos.launch import train as learn
 
 from swirl_benchmarks import evaluate
-from swirl_benchmarks.metrics import Estimate, paired_difference, process_score
+from swirl_benchmarks.metrics import Estimate, of_cost, paired_difference, process_score
 from swirl_benchmarks.run import RunConfig, maker, parts, run
 from swirl_env.env import ToolEnv
 from swirl_env.errors import ConfigError
@@ -98,13 +98,13 @@ def _one(config: LedgerConfig, env: str, seed: int, folder: Path, console: Conso
         if limit < kept:
             launch = Launch(folder, name=f"swirl-{limit}", limit=limit, seed=seed, trainer=config.trainer)
             made.append((f"swirl-{limit}", _try("swirl", launch, config.swirl)))
+    stage_1 = acted_tokens(folder)
     rival = GrpoConfig(
         learning_rate=config.swirl.learning_rate, beta=config.swirl.beta, max_new_tokens=config.swirl.max_new_tokens,
-        updates=config.grpo_updates, token_budget=tokens_of(folder),
+        updates=config.grpo_updates, token_budget=stage_1 + trained_tokens(folder, "swirl"),
     )  # fmt: skip
-    everything = (
-        folder / "trajectories.jsonl"
-    )  # GRPO practises all questions, not those that the judge was pleased with
+    # GRPO practises all questions, not those that the judge was pleased with
+    everything = folder / "trajectories.jsonl"
     made.append(("grpo", _try("grpo", Launch(everything, name="grpo", seed=seed, trainer=config.trainer), rival)))
     rows = []
     for elsewhere in config.envs:
@@ -112,8 +112,7 @@ def _one(config: LedgerConfig, env: str, seed: int, folder: Path, console: Conso
         for name, why_not in made:
             row: dict[str, Any] = {"trained_on": env, "measured_on": elsewhere, "seed": seed, "policy": name}
             if name == "grpo" or name.startswith("swirl"):
-                stage_1 = 0 if name == "grpo" else tokens_of(folder) - _trained_tokens(folder, "swirl")
-                row["sampled_tokens"] = stage_1 + _trained_tokens(folder, name)
+                row["sampled_tokens"] = trained_tokens(folder, name) + (0 if name == "grpo" else stage_1)
             if why_not:
                 rows.append(row | {"not_trained": why_not})
                 continue
@@ -146,18 +145,13 @@ def _try(algorithm: str, launch: Launch, config: Any) -> str:
     return ""
 
 
-def tokens_of(folder: Path) -> int:
-    """Tokens that SWiRL sampled, stage 1 included."""
-    acted = sum(
-        len(step.tokens.action_ids)
-        for one in read(folder / "trajectories.jsonl", Trajectory)
-        for step in one.steps
-        if step.tokens is not None
-    )
-    return acted + _trained_tokens(folder, "swirl")
+def acted_tokens(folder: Path) -> int:
+    """Tokens that were sampled in stage 1."""
+    return of_cost(list(read(folder / "trajectories.jsonl", Trajectory)))["tokens"] or 0
 
 
-def _trained_tokens(folder: Path, name: str) -> int:
+def trained_tokens(folder: Path, name: str) -> int:
+    """Tokens that a training sampled."""
     metrics = folder / "training" / name / "metrics.jsonl"
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
     return sum(json.loads(line)["sampled_tokens"] for line in lines)
@@ -182,9 +176,9 @@ def _measure(config: RunConfig, folder: Path, name: str) -> tuple[list[Trajector
             model, tokenizer, name=name, temperature=config.eval_temperature, max_new_tokens=config.swirl.max_new_tokens, seed=config.seed
         )  # fmt: skip
 
-    there = {one.task.id for one in read(acted_file, Trajectory)}
-    if there >= set(unseen):
-        acted = [one for one in read(acted_file, Trajectory) if one.task.id in set(unseen)]
+    there = {one.task.id: one for one in read(acted_file, Trajectory)}
+    if there.keys() >= set(unseen):  # no model need be loaded
+        acted = [there[task_id] for task_id in unseen]
     else:
         acted = stages.generate(
             test, policy(), unseen, acted_file, seed=config.seed, batch_size=config.batch_size, name=f"evaluate {name} on {config.env}"

@@ -34,6 +34,13 @@ class Estimate:
             return "unknown"
         return f"{self.mean:.3f}" if self.low is None else f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
+    @property
+    def signed(self) -> str:
+        """As a difference is written."""
+        if self.mean is None:
+            return "unknown"
+        return f"{self.mean:+.3f}" if self.low is None else f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
 
 def wilson(successes: float, n: int) -> Estimate:
     """Wilson's score interval of a proportion (Wilson 1927)."""

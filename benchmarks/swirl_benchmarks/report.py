@@ -309,12 +309,9 @@ def _headline(run: Run, name: str) -> Section:
 
 def _signed(figures: dict[str, Any], n: int) -> str:
     """A difference over `n` questions. Resampling fewer than six says nothing of 0: by chance all of them may change one way."""
-    if figures["mean"] is None:
-        return "unknown"
-    if figures["low"] is None:
-        return f"{figures['mean']:+.3f}"
-    clear = ", clear of 0" if n >= 6 and (figures["low"] > 0 or figures["high"] < 0) else ""
-    return f"{figures['mean']:+.3f} [{figures['low']:+.3f}, {figures['high']:+.3f}]{clear}"
+    one = Estimate(**figures)
+    clear = n >= 6 and one.low is not None and one.high is not None and (one.low > 0 or one.high < 0)
+    return f"{one.signed}{', clear of 0' if clear else ''}"
 
 
 def _difference(before: Sequence[Trajectory], after: Sequence[Trajectory]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from swirl_algos.launch import train as learn
 from tyro.conf import Positional
 
 from swirl_benchmarks import evaluate
-from swirl_benchmarks.metrics import paired_difference, process_score
+from swirl_benchmarks.metrics import Estimate, paired_difference, process_score
 from swirl_env.env import ToolEnv
 from swirl_env.errors import ConfigError, UnknownNameError, near
 from swirl_env.io import read
@@ -198,10 +198,7 @@ def show(results: dict[str, Any], console: Console) -> None:
             if estimate["low"] is None:
                 continue
             clear = "clear of 0" if estimate["low"] > 0 or estimate["high"] < 0 else "not clear of 0"
-            console.print(
-                f"{name}, paired difference in {what}: {estimate['mean']:+.3f} "
-                f"[{estimate['low']:+.3f}, {estimate['high']:+.3f}] ({clear})"
-            )
+            console.print(f"{name}, paired difference in {what}: {Estimate(**estimate).signed} ({clear})")
     if results.get("alarm"):
         console.print(results["alarm"])
 

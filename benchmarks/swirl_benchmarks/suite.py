@@ -10,7 +10,7 @@ Gemma-2-27b), whose judgement the official metrics stand for here.
 import json
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from functools import partial
@@ -154,8 +154,7 @@ def run_suite(
                 made = stages.generate(
                     make, policy, chosen, acted, samples=samples, seed=seed, name=f"{one.name}, {model[-40:]}"
                 )
-            now = {trajectory.key: trajectory for trajectory in made}
-            _keep(file, partial(_still_there, now))
+            _keep(file, partial(_is_one_of, {trajectory.key for trajectory in made}))
             cells[one.name][model] = stages.judge(made, judging, file)
     sittings = list(read(folder / "sittings.jsonl", Sitting))
     sets = {
@@ -263,8 +262,8 @@ def _still_asked(tasks: Mapping[str, Task], old: Trajectory) -> bool:
     return task is not None and (task.question, task.answers) == (old.task.question, old.task.answers)
 
 
-def _still_there(made: Mapping[tuple, Trajectory], old: Trajectory) -> bool:
-    return old.key in made and stages.same_episode(made[old.key], old)
+def _is_one_of(keys: Container[tuple], old: Trajectory) -> bool:
+    return old.key in keys
 
 
 class _timed:
@@ -396,13 +395,6 @@ def _transfer(
 # -- for people
 
 
-def _signed(figures: dict[str, Any]) -> str:
-    if figures["mean"] is None:
-        return "unknown"
-    bounds = "" if figures["low"] is None else f" [{figures['low']:+.3f}, {figures['high']:+.3f}]"
-    return f"{figures['mean']:+.3f}{bounds}"
-
-
 def print_suite(results: dict[str, Any], console: Console) -> None:
     """The figures as tables: one for all sets, then hops, types and tools of each."""
     models = results["models"]
@@ -437,7 +429,7 @@ def print_suite(results: dict[str, Any], console: Console) -> None:
                 console.print(detail)
     for model, figures in results.get("transfer", {}).items():
         console.print(
-            f"{escape(model)}, trained on {figures['trained_on']}: {_signed(figures['outcome'])} in outcome over the other sets "
+            f"{escape(model)}, trained on {figures['trained_on']}: {Estimate(**figures['outcome']).signed} in outcome over the other sets "
             f"({', '.join(figures['other_sets'])})"
         )
 
@@ -448,15 +440,13 @@ def _rows(figures: dict[str, Any], models: list[str]) -> Iterator[tuple[str, lis
     def each(show: Callable[[dict[str, Any]], str]) -> list[str]:
         return [show(one) for one in of]
 
+    def difference(kind: str) -> list[str]:
+        found = (figures["differences"].get(model) for model in models)
+        return ["" if one is None else Estimate(**one[kind]).signed for one in found]
+
     yield "outcome", each(lambda one: str(Estimate(**one["outcome"])))
     if figures["differences"]:
-        yield (
-            "  difference",
-            [
-                _signed(figures["differences"][model]["outcome"]) if model in figures["differences"] else ""
-                for model in models
-            ],
-        )
+        yield "  difference", difference("outcome")
     for name in list(of[0]["metrics"])[1:]:
         yield name, each(lambda one, name=name: str(Estimate(**one["metrics"][name])))  # type: ignore[misc]
     for name in of[0].get("overlap", {}):
@@ -466,13 +456,7 @@ def _rows(figures: dict[str, Any], models: list[str]) -> Iterator[tuple[str, lis
             yield f"{kind}@{k}", each(lambda one, at=(kind, k): str(Estimate(**one[at[0]][at[1]])))  # type: ignore[misc]
     yield "process score", each(lambda one: str(Estimate(**one["process"])))
     if figures["differences"]:
-        yield (
-            "  difference",
-            [
-                _signed(figures["differences"][model]["process"]) if model in figures["differences"] else ""
-                for model in models
-            ],
-        )
+        yield "  difference", difference("process")
     yield "malformed actions", each(lambda one: str(Estimate(**one["malformed"])))
     for tool in sorted({tool for one in of for tool in one["tools"]}):
         yield f"{tool}: calls, errors, repeated", each(lambda one, tool=tool: _tool(one["tools"].get(tool)))  # type: ignore[misc]

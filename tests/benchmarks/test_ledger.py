@@ -6,7 +6,7 @@ import json
 import pytest
 from rich.console import Console
 from swirl_algos.configs import SftConfig, SwirlConfig, TrainerConfig
-from swirl_benchmarks.ledger import LedgerConfig, ledger, print_ledger, tokens_of
+from swirl_benchmarks.ledger import LedgerConfig, acted_tokens, ledger, print_ledger, trained_tokens
 
 from swirl_env.errors import ConfigError
 
@@ -41,7 +41,8 @@ def test_the_grid_goes_on_and_tells_what_could_not_be_trained(tiny, tmp_path, mo
     )
     folder = out / "gsm8k-v0-seed0"
     lines = (folder / "training" / "swirl" / "metrics.jsonl").read_text().splitlines()
-    assert tokens_of(folder) > sum(json.loads(line)["sampled_tokens"] for line in lines) > 0
+    sampled = sum(json.loads(line)["sampled_tokens"] for line in lines)
+    assert acted_tokens(folder) + trained_tokens(folder, "swirl") > sampled == trained_tokens(folder, "swirl") > 0
     weights = (folder / "swirl-1" / "model.safetensors").stat().st_mtime_ns
     again = ledger(LedgerConfig(**vars(config) | {"envs": config.envs[:1]}), out, console)
     assert again == small
