@@ -5,7 +5,9 @@ pauses (a waiting request holds no connection, and goes before fresh ones once i
 Nothing that a server does raises: a request that failed for good is a completion with `finish="error"` and the reason.
 """
 
+import copy
 import heapq
+import json
 import os
 import queue
 import random
@@ -20,9 +22,11 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
+import numpy as np
+
 from swirl_env.errors import ConfigError, UnknownArgumentError, near
 from swirl_env.transport import Exchange, Failure, Transport
-from swirl_env.types import Completion, Transcript
+from swirl_env.types import Completion, Tokens, Transcript
 
 PREFIX = "endpoint:"
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
@@ -189,6 +193,37 @@ class ChatClient:
                 except Failure:
                     pass
             raise ConfigError(f"{failure.reason}{known}") from None
+
+    def load_adapter(self, name: str, path: str) -> "ChatClient":
+        """Have the server load a LoRA adapter, and return a client that asks it (vLLM with `--enable-lora` and
+        VLLM_ALLOW_RUNTIME_LORA_UPDATING=True; SGLang's path is the same).
+
+        Args:
+            name: that the adapter gets; one that is loaded already stays, so other weights need another name.
+            path: its folder, as the server sees it.
+
+        Raises:
+            ConfigError: the server cannot be reached, does not do this, or does not find or take the adapter.
+        """
+        try:
+            body = {"lora_name": name, "lora_path": path}
+            self._insist(Exchange(body, self.timeout, "/load_lora_adapter", plain=True))
+        except Failure as failure:
+            if "already been loaded" not in failure.reason:
+                raise ConfigError(
+                    f"{self.url} did not load the adapter in {path}: {failure.reason} vLLM needs --enable-lora, a --max-lora-rank that is "
+                    "not below the adapter's, VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and to see this folder under this path."
+                ) from None
+        other = copy.copy(self)
+        other.model, other.name, other._usage = name, f"{PREFIX}{name}", Usage()
+        return other
+
+    def unload_adapter(self, name: str) -> None:
+        """Have the server forget an adapter; it is no failure if it cannot."""
+        try:
+            self._insist(Exchange({"lora_name": name}, self.timeout, "/unload_lora_adapter", plain=True))
+        except Failure:
+            pass
 
     def _only_model(self) -> str:
         """The name of the server's one model. Raises `ConfigError`."""
@@ -385,7 +420,8 @@ class ChatClient:
             if reason == "content_filter":
                 found.append(Completion(f"{self.url} withheld the reply (content filter).", None, "error"))
             elif text:
-                found.append(Completion(*_ended(text, stop, choice), _alternatives(choice)))
+                text, finish = _ended(text, stop, choice)
+                found.append(Completion(text, _tokens(choice), finish, _alternatives(choice)))
             else:
                 spent |= reason == "length"
                 thought |= bool(message.get("reasoning_content") or message.get("reasoning"))
@@ -402,6 +438,27 @@ class ChatClient:
         return found
 
 
+def open_endpoint(name: str, flag: str, **settings: Any) -> ChatClient:
+    """The client of `endpoint:URL`, `endpoint:URL#MODEL`, or JSON as `{"endpoint": URL, "extra": {"seed": null}}`, whose settings go before
+    these. `flag` is where the name was given, for messages. Raises as `make_endpoint`."""
+    own: dict[str, Any] = {"endpoint": name}
+    if name.startswith("{"):
+        try:
+            own = json.loads(name)
+        except ValueError as error:
+            raise ConfigError(f"{flag} begins like JSON, but is not JSON: {error}.") from None
+    if not isinstance(own.get("endpoint"), str):
+        raise ConfigError(
+            f'{flag} as JSON is like {{"endpoint": "http://127.0.0.1:8000/v1", "extra": {{"seed": null}}}}.'
+        )
+    try:
+        return make_endpoint(own.pop("endpoint"), **settings | own)
+    except TypeError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{flag} has a setting of a wrong type: {error}.") from error
+
+
 _clients: "weakref.WeakSet[ChatClient]" = weakref.WeakSet()
 
 
@@ -415,29 +472,44 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _ended(text: str, stop: tuple[str, ...], choice: dict[str, Any]) -> tuple[str, None, Any]:
-    """(text up to and with its first stop string, no tokens, how it ended).
+def _ended(text: str, stop: tuple[str, ...], choice: dict[str, Any]) -> tuple[str, Any]:
+    """(text up to and with its first stop string, how it ended).
 
     Servers strip the string they stopped at; it is put back where it is known: from vLLM's `stop_reason` or SGLang's
     `matched_stop`, else if it is the only stop string `</tag>` whose `<tag>` stands open.
     """
     ends = [text.find(string) + len(string) for string in stop if string and string in text]
     if ends:
-        return text[: min(ends)], None, "stop"
+        return text[: min(ends)], "stop"
     if choice.get("finish_reason") == "length":
-        return text, None, "length"
+        return text, "length"
     if choice.get("finish_reason") == "stop":
         named = [choice[key] for key in ("stop_reason", "matched_stop") if key in choice]
         hit = [string for string in stop if string in named] if named else _open(text, stop)
         if len(hit) == 1:
-            return text + hit[0], None, "stop"
-    return text, None, "eos"
+            return text + hit[0], "stop"
+    return text, "eos"
 
 
 def _open(text: str, stop: tuple[str, ...]) -> list[str]:
     """The stop strings `</tag>` whose `<tag>` was opened; none of them stands in the text."""
     tags = [(string, re.fullmatch(r"</(.+)>", string)) for string in stop]
     return [string for string, tag in tags if tag and f"<{tag[1]}>" in text]
+
+
+def _tokens(choice: dict[str, Any]) -> Tokens | None:
+    """What was sampled, where the server tells (vLLM: `return_token_ids` and `logprobs`, as fields of `extra`): the action's tokens
+    alone. The log-probs are those that the server gives; vLLM's are under the sampled distribution with
+    `--logprobs-mode processed_logprobs`. `None` for a message that the server took apart: its text is not the tokens'."""
+    ids, message = choice.get("token_ids"), choice["message"]
+    if not ids or message.get("tool_calls") or message.get("reasoning_content") or message.get("reasoning"):
+        return None
+    try:
+        logprobs = [float(entry["logprob"]) for entry in choice["logprobs"]["content"]]
+        found = Tokens(np.asarray(ids, np.int32), np.ones(len(ids), bool), np.asarray(logprobs, np.float32))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    return found if found.ids.shape == found.logprobs.shape else None
 
 
 def _alternatives(choice: dict[str, Any]) -> tuple[dict[str, float], ...] | None:

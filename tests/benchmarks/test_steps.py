@@ -254,6 +254,44 @@ def test_rounds_go_on_where_they_stopped(left, swirl, trained, tmp_path):
     assert weights[0] == weights[1]
 
 
+def test_a_server_acts_in_further_rounds_with_the_adapter_of_the_one_before(swirl, trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    command = [
+        "train",
+        folder,
+        "--algo",
+        "swirl",
+        "--rounds",
+        3,
+        "--trainer.lora-rank",
+        2,
+        "--filter",
+        "none",
+        "--samples",
+        2,
+    ]
+    command += ["--max-new-tokens", 6, "--learning-rate", 1e-2, "--batch-size", 2, "--trainer.tracker", "none"]
+    given = {}
+
+    def reply(body):
+        at = Path(server.adapters[body["model"]])
+        given[body["model"]] = at.relative_to(folder), json.loads((at / "adapter_config.json").read_text())
+        return f"<answer>{len(given)}</answer>"
+
+    with ChatServer(reply, adapters=True) as server:
+        swirl(*command, "--server", f"endpoint:{server.url}")
+        assert server.adapters == {}
+    places = [Path("training", "swirl", f"round-{round}", "model") for round in (0, 1)]
+    assert [place for place, _ in given.values()] == places
+    # each is one adapter of the model that the server began with, of all rounds so far
+    assert [config["r"] for _, config in given.values()] == [2, 4]
+    assert len({config["base_model_name_or_path"] for _, config in given.values()}) == 1
+    for round, name in enumerate(given, 1):
+        acted = list(read(folder / "training" / "swirl" / f"round-{round}" / "trajectories.jsonl", Trajectory))
+        assert {one.policy for one in acted} == {f"endpoint:{name}"} and {one.answer for one in acted} == {str(round)}
+
+
 def test_tools_of_a_wrapper_are_missed_before_anything_is_trained(swirl, tiny, tmp_path):
     def population(city: str) -> str:
         """How many live there.
@@ -281,7 +319,11 @@ def test_tools_of_a_wrapper_are_missed_before_anything_is_trained(swirl, tiny, t
         ("swirl", ["--kl-target", 0.1, "--beta", 0], "kl_target adapts beta, which is 0"),
         ("swirl", ["--trainer.max-grad-norm", 0], "trainer.max_grad_norm must be above 0"),
         ("swirl", ["--kl", "reward", "--beta", 0], "there is no penalty"),
-        ("swirl", ["--rounds", 2, "--trainer.lora-rank", 2, "--trainer.shard"], "Several rounds with adapters"),
+        (
+            "swirl",
+            ["--rounds", 2, "--server", "endpoint:http://127.0.0.1:1/v1"],
+            "give --rounds and --trainer.lora-rank",
+        ),
         ("swirl", ["--clip", 0], "clip must be above 0"),
         ("reinforce", ["--discount", 2], "discount must lie in [0, 1]"),
         ("reinforce", ["--samples", 1, "--batch-size", 1], "an action needs another"),
