@@ -1,30 +1,27 @@
 """One client for every server that speaks OpenAI's chat completions (vLLM, SGLang, llama.cpp, Ollama, hosted ones).
 
-Judges and policies share it. Worker threads make single attempts; the calling thread decides what is sent next, waits out
-pauses (a waiting request holds no connection, and goes before fresh ones once its pause is over) and cuts late attempts.
-Nothing that a server does raises: a request that failed for good is a completion with `finish="error"` and the reason.
+Judges and policies share it; `swirl_env.session` says what is sent when. Nothing that a server does raises: a request that
+failed for good is a completion with `finish="error"` and the reason.
 """
 
 import copy
-import heapq
 import json
 import os
-import queue
 import random
 import re
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from itertools import count
+from contextlib import closing
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from swirl_env.errors import ConfigError, UnknownArgumentError, near
+from swirl_env.session import ChatSession, Part
 from swirl_env.transport import Exchange, Failure, Transport
 from swirl_env.types import Completion, Tokens, Transcript
 
@@ -56,21 +53,6 @@ class Usage:
         for name in ("prompt_tokens", "completion_tokens"):
             if isinstance(said, dict) and isinstance(said.get(name), int):
                 setattr(self, name, (getattr(self, name) or 0) + said[name])
-
-
-@dataclass(eq=False, slots=True)
-class _Part:
-    """Samples `first` ... `first + n - 1` of one request."""
-
-    request: int
-    first: int
-    n: int
-    tries: int = 0
-
-
-@dataclass(eq=False)
-class _Attempt(Exchange):
-    part: _Part = field(default_factory=lambda: _Part(0, 0, 1))
 
 
 def content_of(message: dict[str, Any]) -> str:
@@ -295,56 +277,24 @@ class ChatClient:
             n: samples of each.
             read: the text of a reply's message; an empty one counts as no reply.
         """
-        done: list[list[Any]] = [[None] * n for _ in requests]
-        fresh = deque(part for i in range(len(requests)) for part in self._split(_Part(i, 0, n)))
-        paused: list[tuple[float, int, _Part]] = []
-        began: dict[int, float] = {}
-        flying: set[_Attempt] = set()
-        landed: queue.SimpleQueue[_Attempt] = queue.SimpleQueue()
-        order = count()
+        session = self.session(read)
+        for key, request in enumerate(requests):
+            session.add(key, request, n)
+        done: dict[int, list[Completion]] = {}
+        with closing(session):
+            while len(session):
+                done.update(session.poll(60.0))
+        return [done[key] for key in range(len(requests))]
 
-        def send(attempt: _Attempt) -> None:
-            self._transport.run(attempt)
-            landed.put(attempt)
+    def session(self, read: Callable[[dict[str, Any]], str] = content_of) -> ChatSession:
+        """Requests that come as they come, and are answered as they are."""
+        return ChatSession(self, read)
 
-        try:
-            while fresh or paused or flying:
-                now = time.monotonic()
-                while len(flying) < self.concurrency and (fresh or paused and paused[0][0] <= now):
-                    part = heapq.heappop(paused)[2] if paused and paused[0][0] <= now else fresh.popleft()
-                    left = began.setdefault(part.request, now) + self.deadline - now
-                    body = self._body(requests[part.request], part.n, part.first)
-                    attempt = _Attempt(body, min(self.timeout, left), part=part)
-                    flying.add(attempt)
-                    if left > 0:
-                        self._workers.submit(send, attempt)
-                    else:
-                        attempt.outcome = Failure(f"The deadline of {self.deadline:.4g} s is over.", "refused")
-                        landed.put(attempt)
-                wake = [attempt.ends for attempt in flying]
-                if paused and len(flying) < self.concurrency:
-                    wake.append(paused[0][0])
-                try:
-                    attempt = landed.get(timeout=min(max(0.0, min(wake) - now), 60.0))
-                except queue.Empty:
-                    now = time.monotonic()
-                    for attempt in flying:
-                        if attempt.begun is not None and attempt.ends <= now:
-                            attempt.cut()
-                    continue
-                flying.discard(attempt)
-                for when, part in self._settle(attempt, requests, read, done, began[attempt.part.request]):
-                    heapq.heappush(paused, (when, next(order), part))
-        finally:
-            for attempt in flying:
-                attempt.cut()
-        return done
-
-    def _split(self, part: _Part) -> list[_Part]:
+    def _split(self, part: Part) -> list[Part]:
         """As many requests as the server's number of choices makes necessary."""
         size = self._most or max(part.n, 1)
         end = part.first + part.n
-        return [_Part(part.request, i, min(size, end - i), part.tries) for i in range(part.first, end, size)]
+        return [Part(part.request, i, min(size, end - i), part.tries) for i in range(part.first, end, size)]
 
     def _body(self, request: dict[str, Any], n: int, first: int) -> dict[str, Any]:
         seed = self.seed if request.get("seed") is None else request["seed"]
@@ -362,48 +312,8 @@ class ChatClient:
         }
         return {key: value for key, value in body.items() if value is not None}
 
-    def _settle(
-        self, attempt: _Attempt, requests: list[dict[str, Any]], read: Callable, done: list[list[Any]], began: float
-    ) -> list[tuple[float, _Part]]:
-        """Write down what an attempt brought. Returns what is still to be asked for, and when."""
-        part, outcome, now = attempt.part, attempt.outcome, time.monotonic()
-        taken: list[Completion] = []
-        try:
-            if isinstance(outcome, Failure):
-                raise outcome
-            assert outcome is not None
-            taken = self._completions(outcome, part, tuple(requests[part.request].get("stop") or ()), read)
-        except Failure as failure:
-            if part.n > 1 and not failure.passes and re.search(r"\bn\b", failure.reason):
-                with self._lock:
-                    self._usage._add(attempt)
-                self._most = 1  # this server takes no n: ask for each sample alone
-                return [(now, one) for one in self._split(part)]
-            reason, tries = failure.reason, part.tries + 1
-            again = failure.passes and part.tries < self.retries
-            when = now + self._pause(failure, part.tries)
-            if again and when >= began + self.deadline:
-                again = False
-                reason += f" The deadline of {self.deadline:.4g} s leaves no time to ask again."
-            with self._lock:
-                self._usage._add(attempt)
-                self._usage.retries += again
-                self._usage.failures += not again
-            if again:
-                part.tries = tries
-                return [(when, part)]
-            if tries > 1:
-                reason += f" ({tries} tries in {now - began:.1f} s)"
-            done[part.request][part.first : part.first + part.n] = [Completion(reason, None, "error")] * part.n
-            return []
-        with self._lock:
-            self._usage._add(attempt)
-        done[part.request][part.first : part.first + len(taken)] = taken
-        rest = _Part(part.request, part.first + len(taken), part.n - len(taken), part.tries)
-        return [(now, part) for part in self._split(rest)]
-
     def _completions(
-        self, reply: dict[str, Any], part: _Part, stop: tuple[str, ...], read: Callable
+        self, reply: dict[str, Any], part: Part, stop: tuple[str, ...], read: Callable
     ) -> list[Completion]:
         """At least one completion, at most as many as were asked for. Raises `Failure` if there is none."""
         choices = reply.get("choices")
