@@ -76,10 +76,19 @@ def make_env(env_id: str, kwargs: str) -> gym.Env:
     Raises:
         ConfigError: no environment over `ToolEnv`.
     """
-    env = gym.make(env_id, disable_env_checker=True, grammar="openai", **json.loads(kwargs))
-    if not isinstance(env.unwrapped, ToolEnv):
-        raise ConfigError(f"Expected an environment over ToolEnv, such as 'swirl/GSM8K-v0'; {env_id!r} is none.")
-    return env
+    return make(env_id, grammar="openai", **json.loads(kwargs))
+
+
+def make(env_id: str, **kwargs: Any) -> gym.Env:
+    """A registered environment over `ToolEnv`. Raises `ConfigError` for another one."""
+    try:
+        env = gym.make(env_id, disable_env_checker=True, **kwargs)
+        if isinstance(env.unwrapped, ToolEnv):
+            return env
+    except TypeError as error:  # an argument that it does not take
+        if isinstance(error, ConfigError):
+            raise
+    raise ConfigError(f"Expected an environment over ToolEnv, such as 'swirl/GSM8K-v0'; {env_id!r} is none.")
 
 
 def tool_env(env: gym.Env) -> ToolEnv:

@@ -13,10 +13,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import gymnasium as gym
-
-import swirl_env  # noqa: F401  registers the ids
-from swirl_env.env import ToolEnv
+from swirl_env.adapters.calls import make, tool_env
 from swirl_env.errors import ConfigError
 
 try:
@@ -59,8 +56,8 @@ class SkyEnv(BaseTextEnv):
         if row.get("max_turns") is not None:
             chosen["max_steps"] = int(row["max_turns"])
         self.task_id: str = row["task_id"]
-        self.env, base = _make(env_id, chosen)
-        self.max_turns = base.max_steps
+        self.env = make(env_id, **chosen)
+        self.max_turns = tool_env(self.env).max_steps
         self.outcome: float | None = None
         self.scores: list[float | None] = []
 
@@ -117,7 +114,7 @@ def register(env_id: str, name: str | None = None, **kwargs: Any) -> str:
     if known is not None and known.kwargs != settings:
         raise ConfigError(f"{name!r} is registered for {json.dumps(known.kwargs, default=str)}: give another name=.")
     if known is None:
-        _make(env_id, kwargs)
+        make(env_id, **kwargs).close()
         skyrl_gym.register(name, entry_point=f"{__name__}:SkyEnv", kwargs=settings)
     return name
 
@@ -130,9 +127,9 @@ def rows(env_id: str, name: str | None = None, **kwargs: Any) -> list[dict[str, 
         name: SkyRL's `env_class`; `None`: the same.
         kwargs: of `gym.make`; `split="test"` for the validation set.
     """
-    env, base = _make(env_id, kwargs)
+    env = make(env_id, **kwargs)
     made = []
-    for task_id, task in base.task_set.tasks.items():
+    for task_id, task in tool_env(env).task_set.tasks.items():
         text, _ = env.reset(options={"task_id": task_id})
         made.append(
             {
@@ -144,10 +141,3 @@ def rows(env_id: str, name: str | None = None, **kwargs: Any) -> list[dict[str, 
             }  # fmt: skip
         )
     return made
-
-
-def _make(env_id: str, kwargs: Mapping[str, Any]) -> tuple[gym.Env, ToolEnv]:
-    env = gym.make(env_id, disable_env_checker=True, **kwargs)
-    if not isinstance(env.unwrapped, ToolEnv):
-        raise ConfigError(f"Expected an environment over ToolEnv, such as 'swirl/GSM8K-v0'; {env_id!r} is none.")
-    return env, env.unwrapped
