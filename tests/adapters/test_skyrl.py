@@ -91,3 +91,10 @@ def test_what_cannot_work_is_told():
         skyrl.register("CartPole-v1")
     with pytest.raises(ConfigError, match="No task has the id 'x'"):
         skyrl_gym.make(name, env_config={}, extras={"task_id": "x"}).init([])
+
+
+def test_the_page_runs(page, capsys):
+    [(_, code)] = page("skyrl-gym")
+    exec(code, {})
+    said = capsys.readouterr().out
+    assert said.startswith("<information>") and "False" in said

@@ -208,3 +208,23 @@ def test_what_cannot_work_is_told(tokenizer, tmp_path):
     with pytest.raises(ConfigError, match="scale_rewards is 'group' or 'none'"):
         train(StepGRPOTrainer, tokenizer, tmp_path, scale_rewards="batch")
     assert json.loads(adapter.spec("swirl/GSM8K-v0", max_steps=3).kwargs) == {"max_steps": 3}
+
+
+def test_the_page_runs(page, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_model(tokenizer).save_pretrained("tiny")
+    tokenizer.save_pretrained("tiny")
+    [(_, code)] = page("trl")
+    small = "max_completion_length=32, max_steps=1, num_generations=2, per_device_train_batch_size=2, use_cpu=True, bf16=False"
+    for old, new in (("Qwen/Qwen3-0.6B", "tiny"), ("max_completion_length=2048", f"{small}, report_to='none'")):
+        assert old in code
+        code = code.replace(old, new)
+    world = {}
+    exec(code, world)
+    assert world["trainer"].state.global_step == 1
+
+
+def test_examples_of_the_docstrings():
+    import doctest
+
+    assert doctest.testmod(adapter).failed == 0 < doctest.testmod(adapter).attempted

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -181,3 +182,25 @@ def test_exported_traces_are_read_by_verifiers(made, tmp_path):
     assert second.rewards["outcome"] is None and second.rewards["process"].score == 0.5
     assert second.metrics == {"steps": 3.0, "unknown": 2.0}
     assert first.task.data.model_extra["answers"] == ["Tim Burton"]
+
+
+def test_the_page_runs(page, tmp_path):
+    (_, module), (_, command) = page("verifiers")
+    (tmp_path / "swirl_tasks.py").write_text(module)
+    with ChatServer("72") as server:
+        for old, new in (("http://127.0.0.1:8000/v1", server.url), ("Qwen/Qwen3-0.6B", "test"), ("-n 4", "-n 1")):
+            assert old in command
+            command = command.replace(old, new)
+        path = os.environ.get("PYTHONPATH", "")
+        command = command.replace("PYTHONPATH=.", f"PYTHONPATH=.:{path}")
+        environment = os.environ | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "SWIRL_API_KEY": "none",
+        }
+        done = subprocess.run(
+            command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+    assert done.returncode == 0, done.stderr[-2000:]
+    [written] = (tmp_path / "outputs").glob("*/traces.jsonl")
+    [episode] = read_episodes(written.parent, vf.WireTrace)
+    assert episode.traces[0].rewards["outcome"].score in (0.0, 1.0)
