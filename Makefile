@@ -58,7 +58,7 @@ test-adapter-%:
 	$(PYTHON) -m venv .venv-adapters/$*
 	grep '^torch==' constraints.txt > .venv-adapters/$*/torch.txt
 	.venv-adapters/$*/bin/python -m pip install -q --disable-pip-version-check -c .venv-adapters/$*/torch.txt -e ".[$*]" pytest hypothesis
-	SWIRL_ADAPTER=$* OMP_NUM_THREADS=1 .venv-adapters/$*/bin/python -m pytest -q tests/adapters/test_$*.py
+	SWIRL_ADAPTER=$* OMP_NUM_THREADS=1 .venv-adapters/$*/bin/python -m pytest -q -m 'not browser' tests/adapters/test_$*.py
 
 # strict: a broken link or a page that is not in the navigation fails
 docs: $(VENV)/.ready

@@ -36,7 +36,7 @@ def spec(env_id: str, **kwargs: Any) -> "Spec":
 
     Args:
         env_id: such as `swirl/GSM8K-v0`.
-        kwargs: of `gym.make`, all JSON, without `grammar`; `split="test"` gives an `eval_dataset` in the same way.
+        kwargs: of `gym.make`, all JSON, without `grammar`.
 
     Raises:
         ConfigError: the environment cannot be made so, or a tool has a name that TRL keeps for itself.

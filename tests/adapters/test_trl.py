@@ -2,7 +2,10 @@
 
 import inspect
 import json
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +32,10 @@ BAD = [
 @pytest.fixture
 def tokenizer():
     """One token a byte, with the template of Qwen3 that TRL knows."""
+    return make_tokenizer()
+
+
+def make_tokenizer():
     made = tiny_tokenizer("<tool_call> </tool_call> <tool_response> </tool_response> <think> </think>")
     made.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
     return made
@@ -170,6 +177,36 @@ def test_beyond_the_last_step_nothing_counts(tokenizer, tmp_path):
     assert len(found) == 4 and found[0][0] > 0 and not any(found[2] + found[3])
 
 
+@pytest.mark.slow
+def test_a_group_over_two_processes_is_one_group(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        __file__,
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    (good, good_advantages), (bad, bad_advantages) = found
+    assert good_advantages == [good[0] - bad[0], good[1] - bad[1]]
+    assert bad_advantages == [bad[0] - good[0], bad[1] - good[1], 0.0]
+
+
+def one_process(folder):
+    """The good rollout in process 0, the bad one in process 1."""
+    rank = int(os.environ["RANK"])
+    settings = {"per_device_train_batch_size": 1, "max_steps": 1, "scale_rewards": "none"}
+    trainer, [batch] = train(StepGRPOTrainer, make_tokenizer(), folder / str(rank), ([GOOD], [BAD])[rank], **settings)
+    steps = segments(batch["advantages"][0], batch["tool_mask"][0] * batch["completion_mask"][0])
+    rewards = trainer.environments[0]._played.rewards
+    (folder / f"{rank}.json").write_text(json.dumps([rewards, [step[0] for step in steps]]))
+
+
 def test_step_advantages_by_hand():
     found = step_advantages([[1.0, 0.0], [0.0, None, 1.0], [0.5], [1.0]], 2)
     assert [list(one) for one in found] == [[1.0, 0.0], [-1.0, 0.0, 0.0], [-0.5], [0.5]]
@@ -228,3 +265,7 @@ def test_examples_of_the_docstrings():
     import doctest
 
     assert doctest.testmod(adapter).failed == 0 < doctest.testmod(adapter).attempted
+
+
+if __name__ == "__main__":
+    one_process(Path(sys.argv[1]))
