@@ -3,7 +3,8 @@
     python -m swirl_agents.testing_server --reply "<answer>42</answer>" --faults 0.2
 
 A token is a word with the blanks before it. What a real server checks, this one does: key, model, context length, stop
-strings (stripped, as servers do), `n`, `max_tokens`, log-probs, token ids. Adapters are loaded and unloaded as vLLM 0.33 does it.
+strings (stripped, as servers do), `n`, `max_tokens`, log-probs, token ids, `stream` (a whole message in one event). Adapters are loaded
+and unloaded as vLLM 0.33 does it.
 """
 
 import json
@@ -287,7 +288,28 @@ class _Handler(BaseHTTPRequestHandler):
                 choice["message"]["content"] = ""
         if fault in ("drip", "close"):
             return self._trickle(json.dumps(value).encode(), fault)
+        if body.get("stream"):
+            return self._stream(value)
         return self._say(200, value)
+
+    def _stream(self, value: dict[str, Any]) -> None:
+        """Server-sent events: a chunk with every message, one that says why each ended, one with the usage, the end."""
+        head = value | {"object": "chat.completion.chunk"}
+        said, ended = [], []
+        for choice in value["choices"]:
+            delta = choice["message"] | {}
+            if calls := delta.get("tool_calls"):
+                delta["tool_calls"] = [{"index": i} | call for i, call in enumerate(calls)]
+            said.append({"index": choice["index"], "delta": delta, "finish_reason": None})
+            ended.append({"index": choice["index"], "delta": {}, "finish_reason": choice["finish_reason"]})
+        chunks = [
+            head | {"choices": said, "usage": None},
+            head | {"choices": ended, "usage": None},
+            head | {"choices": []},
+        ]
+        content = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+        self._head(200, len(content.encode()), {"Content-Type": "text/event-stream"})
+        self.wfile.write(content.encode())
 
     def _trickle(self, content: bytes, fault: str) -> None:
         self.close_connection = True
