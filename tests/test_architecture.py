@@ -17,7 +17,7 @@ PACKAGES = {
 FLOORS = list(PACKAGES)
 ROOMS = [
     {"types", "errors"},
-    {"names", "spaces", "syntax", "grammar", "answers", "numerals", "io", "cache", "transport", "client"},
+    {"names", "spaces", "syntax", "grammar", "answers", "numerals", "io", "cache", "transport", "session", "client"},
     {"tools", "tasks"},
     {"judges"},
     {"env"},

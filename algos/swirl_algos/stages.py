@@ -118,7 +118,10 @@ def record(
     return Counter(stops[*job, round] for job in jobs)
 
 
-def judge(trajectories: Iterable[Trajectory], judge: Judge, path: Path, unknown_limit: float = 1.0) -> list[Trajectory]:
+def judge(
+    trajectories: Iterable[Trajectory], judge: Judge, path: Path, unknown_limit: float = 1.0,
+    work: Callable[[list[Trajectory]], Iterator[Trajectory]] | None = None,
+) -> list[Trajectory]:  # fmt: skip
     """The trajectories with the judge's verdicts, in the same order; those that this judge judged already are not judged
     again, but for unknown verdicts, which are asked for anew. Steps that stay unknown are listed beside `judged.jsonl` in
     `failures.jsonl` (beside NAME.jsonl in NAME.failures.jsonl).
@@ -129,6 +132,7 @@ def judge(trajectories: Iterable[Trajectory], judge: Judge, path: Path, unknown_
             come.
         path: where the judged trajectories are kept.
         unknown_limit: share of unknown verdicts above which judging stops.
+        work: gives trajectories their verdicts, as they come; `None`: `verdicts` in this process.
 
     Raises:
         JudgeError: more than that is unknown, after `ENOUGH_STEPS` or at the end. What was judged is kept.
@@ -154,7 +158,7 @@ def judge(trajectories: Iterable[Trajectory], judge: Judge, path: Path, unknown_
                 len(trajectories), f"judge ({judge.name})", "trajectory", len(trajectories) - len(missing), 1
             ) as progress,
         ):
-            for judged in _judged(judge, missing):
+            for judged in verdicts(judge, missing) if work is None else work(missing):
                 out.write(judged)
                 done[judged.key] = judged
                 progress.update()
@@ -186,7 +190,7 @@ def same_episode(one: Trajectory, other: Trajectory) -> bool:
     return acted(one) == acted(other)
 
 
-def _judged(judge: Judge, trajectories: Sequence[Trajectory]) -> Iterator[Trajectory]:
+def verdicts(judge: Judge, trajectories: Iterable[Trajectory]) -> Iterator[Trajectory]:
     """Each with its verdicts: in batches, or as they come from threads where the judge says how many it bears (a step that is
     retried for long holds up no other)."""
     threads = min(getattr(judge, "concurrency", 1), MAX_THREADS)
@@ -207,7 +211,7 @@ def _judged(judge: Judge, trajectories: Sequence[Trajectory]) -> Iterator[Trajec
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _groups(trajectories: Sequence[Trajectory]) -> Iterator[list[Trajectory]]:
+def _groups(trajectories: Iterable[Trajectory]) -> Iterator[list[Trajectory]]:
     """Trajectories of about `BATCH_STEPS` steps together."""
     group: list[Trajectory] = []
     for trajectory in trajectories:

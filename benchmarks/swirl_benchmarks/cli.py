@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -122,7 +123,7 @@ def eval_(
 
 def judge(
     run: Annotated[Path, tyro.conf.Positional], /, *, judge: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
-    unknown_limit: float = 0.2, json: str | None = None,
+    unknown_limit: float = 0.2, json: str | None = None, ray: str | None = None, workers: int = 1, gpus: float = 0,
 ) -> None:  # fmt: skip
     """Judge a recorded run again, without acting again; with two judges, compare them.
 
@@ -133,8 +134,13 @@ def judge(
         judge: as in swirl run; once or twice.
         unknown_limit: share of unknown verdicts above which judging stops.
         json: file for the figures.
+        ray: judge on a Ray cluster, as in swirl generate; none: in this process.
+        workers: on Ray; each has a judge of its own.
+        gpus: of each worker.
     """
+    from swirl_agents.fleet import spread
     from swirl_agents.judges import open_judge
+    from swirl_algos import stages
 
     from swirl_benchmarks import evaluate
     from swirl_benchmarks.judging import print_judges, rejudge
@@ -142,7 +148,16 @@ def judge(
     if not 1 <= len(judge) <= 2:
         raise ConfigError(f"Give --judge once or twice, such as --judge rules; got {len(judge)}.")
     evaluate.check_target(json)
-    result = rejudge(run, [open_judge(name) for name in judge], unknown_limit)
+
+    def on_ray(name, trajectories):
+        def make():
+            return partial(stages.verdicts, open_judge(name))
+
+        items = {one.key: one for one in trajectories}
+        return spread(make, items, address=ray, workers=workers, room=64, gpus=gpus)
+
+    works = [partial(on_ray, name) if ray else None for name in judge]
+    result = rejudge(run, [open_judge(name) for name in judge], unknown_limit, works)
     print_judges(result, console())
     if json:
         evaluate.write_json(json, result)

@@ -62,7 +62,9 @@ def read_kwargs(text: str, flags: tuple[str, ...] = ()) -> dict[str, Any]:
     return kwargs
 
 
-def make_policy(name: str, env: gym.Env, *, temperature: float, max_new_tokens: int, seed: int) -> Policy:
+def make_policy(
+    name: str, env: gym.Env, *, temperature: float, max_new_tokens: int, seed: int, concurrency: int = 64
+) -> Policy:
     """`oracle`, `random`, `replay:FILE`, `endpoint:URL` or `endpoint:URL#MODEL`, `{"endpoint": URL, ...}` with settings of
     `ChatClient`, or a model's name or folder."""
     base = env.unwrapped
@@ -70,7 +72,14 @@ def make_policy(name: str, env: gym.Env, *, temperature: float, max_new_tokens: 
     if name.partition(":")[0] in SCRIPTED:
         return make_scripted(name, base)
     if name.startswith((PREFIX, "{")):
-        client = open_endpoint(name, "--model", temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+        client = open_endpoint(
+            name,
+            "--model",
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            concurrency=max(concurrency, 64),
+        )
         client.check()
         return EndpointPolicy(client, base.grammar)
     from swirl_agents.local import LocalPolicy

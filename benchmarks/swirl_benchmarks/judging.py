@@ -1,7 +1,7 @@
 """Judges on the command line, and `swirl judge`: a recorded run judged again, by one judge or by two that are compared."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,10 @@ class Disagreement:
     reasons: tuple[str, str]
 
 
-def rejudge(run: Path, judges: Sequence[Judge], unknown_limit: float = 1.0) -> dict[str, Any]:
+def rejudge(
+    run: Path, judges: Sequence[Judge], unknown_limit: float = 1.0,
+    works: Sequence[Callable[[list[Trajectory]], Iterator[Trajectory]] | None] = (None, None),
+) -> dict[str, Any]:  # fmt: skip
     """Judge a run's trajectories again, without acting again. Writes `judged-NAME.jsonl` for each judge, and for two judges
     `disagreements.jsonl`, the widest first; goes on where it stopped.
 
@@ -42,6 +45,7 @@ def rejudge(run: Path, judges: Sequence[Judge], unknown_limit: float = 1.0) -> d
         run: a run folder, or a JSONL file of trajectories.
         judges: one or two.
         unknown_limit: share of unknown verdicts above which judging stops.
+        works: how each of them is asked, as in `stages.judge`.
 
     Returns:
         `judges`: name -> `steps`, `process` and `good` ({mean, low, high}), `unknown` (a count), and of a cached one `asked` and
@@ -61,10 +65,10 @@ def rejudge(run: Path, judges: Sequence[Judge], unknown_limit: float = 1.0) -> d
         )
     folder = source.parent
     judged, report = [], {}
-    for judge in judges:
+    for judge, work in zip(judges, works, strict=False):
         path = folder / f"judged-{slug(judge.name)}.jsonl"
         before = (judge.hits, judge.misses) if isinstance(judge, Cached) else (0, 0)
-        judged.append(stages.judge(recorded, judge, path, unknown_limit))
+        judged.append(stages.judge(recorded, judge, path, unknown_limit, work))
         report[judge.name] = _figures(judged[-1])
         if isinstance(judge, Cached):
             report[judge.name] |= {"asked": judge.misses - before[1], "cached": judge.hits - before[0]}

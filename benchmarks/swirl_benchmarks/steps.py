@@ -1,7 +1,7 @@
 """The stages of a run as commands of their own: generate -> judge -> filter -> train -> export, each from file to file."""
 
 import argparse
-from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -14,9 +14,10 @@ Run = Annotated[Path, tyro.conf.Positional]
 
 
 def generate(
-    env: Annotated[str, tyro.conf.Positional], /, *, model: str, out: Path, path: str | None = None, split: str = "train",
+    env: Annotated[str, tyro.conf.Positional], /, *, model: str, out: Path | None = None, path: str | None = None, split: str = "train",
     tasks: int | None = None, samples: int = 5, kwargs: str = "{}", temperature: float = 1.0, max_new_tokens: int = 64,
     malformed_limit: int | None = 3, max_steps: int | None = None, batch_size: int = 32, seed: int = 0,
+    ray: str | None = None, workers: int = 1, gpus: float = 0,
 ) -> None:  # fmt: skip
     """Act in an environment and record the trajectories. The same command goes on after a stop.
 
@@ -25,7 +26,7 @@ def generate(
     Args:
         env: environment id, such as swirl/HotPotQA-v0.
         model: as in swirl eval: oracle, random, replay:FILE, endpoint:URL, smollm2-135m, a folder or a hub name.
-        out: run folder: trajectories.jsonl, and run.json with these settings.
+        out: run folder: trajectories.jsonl, and run.json with these settings; none: runs/NAME-steps-seedSEED.
         path: official file of tasks; none: the bundled ones.
         split: train or test.
         tasks: how many, drawn by the seed; none: all.
@@ -35,17 +36,31 @@ def generate(
         max_new_tokens: token cap of an action.
         malformed_limit: malformed actions that end an episode; none: no limit.
         max_steps: step limit; none: the environment's.
-        batch_size: episodes at once; may be another when going on.
+        batch_size: episodes at once (of each worker); may be another when going on.
         seed: of the choice of tasks and of sampling.
+        ray: act on a Ray cluster: local (begun on this machine), auto, HOST:PORT or ray://HOST:PORT; none: in this process.
+        workers: on Ray; each has an environment and a policy of its own.
+        gpus: of each worker.
     """
+    from swirl_agents.fleet import spread
+    from swirl_agents.rollout import rollout
     from swirl_algos import stages
     from swirl_algos.folders import claim
 
     from swirl_benchmarks import evaluate
 
-    least = {"tasks": 1, "samples": 1, "max_new_tokens": 1, "batch_size": 1, "seed": 0, "temperature": 0}
+    least = {
+        "tasks": 1,
+        "samples": 1,
+        "max_new_tokens": 1,
+        "batch_size": 1,
+        "seed": 0,
+        "temperature": 0,
+        "workers": 1,
+        "gpus": 0,
+    }
     given = {"tasks": tasks, "samples": samples, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed,
-             "temperature": temperature}  # fmt: skip
+             "temperature": temperature, "workers": workers, "gpus": gpus}  # fmt: skip
     for name, value in given.items():
         if value is not None and value < least[name]:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least[name]}, got {value}.")
@@ -62,17 +77,29 @@ def generate(
     config = {"env": env, "model": model, "path": path, "split": split, "tasks": tasks, "samples": samples, "kwargs": kwargs,
               "temperature": temperature, "max_new_tokens": max_new_tokens, "malformed_limit": malformed_limit,
               "max_steps": max_steps, "seed": seed}  # fmt: skip
+    out = out or Path("runs") / f"{env.rpartition('/')[2].lower()}-steps-seed{seed}"
     claim(out / "run.json", config, "--out")
-    policy = evaluate.make_policy(model, world, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+
+    def player():
+        policy = evaluate.make_policy(
+            model, make(), temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, concurrency=batch_size
+        )
+        return partial(rollout, make, policy, seed=seed, batch_size=batch_size)
+
+    def on_ray(jobs):
+        return spread(
+            player, {(*job, 0): job for job in jobs}, address=ray, workers=workers, room=2 * batch_size, gpus=gpus
+        )
+
     chosen = evaluate.choose(list(world.unwrapped.task_set.tasks), tasks, seed)  # type: ignore[attr-defined]
     file = out / "trajectories.jsonl"
-    made = stages.generate(make, policy, chosen, file, samples=samples, seed=seed, batch_size=batch_size)
-    stops = Counter(trajectory.stop for trajectory in made)
+    jobs = [(task, sample) for task in chosen for sample in range(samples)]
+    stops = stages.record(on_ray if ray else player(), jobs, file)
     shown = ", ".join(f"{count} {stop}" for stop, count in stops.most_common())
-    console().print(f"{file}: {len(made)} trajectories of {len(chosen)} tasks ({shown})", soft_wrap=True)
+    console().print(f"{file}: {len(jobs)} trajectories of {len(chosen)} tasks ({shown})", soft_wrap=True)
     if failed := stops["error"]:
         raise SwirlError(
-            f"{failed} of {len(made)} episodes ended by an error, told above. Mend it and give the command again: they are made anew."
+            f"{failed} of {len(jobs)} episodes ended by an error, told above. Mend it and give the command again: they are made anew."
         )
 
 

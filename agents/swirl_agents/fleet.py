@@ -1,0 +1,247 @@
+"""Work on a Ray cluster: each worker makes its environment and policy (or its judge) once, and is fed work while it has room.
+
+    for trajectory in spread(make, items, address="auto", workers=8, room=64): ...
+
+A worker is one actor with one method: it takes new items and gives what is done. So a worker never holds more than its room, whoever is
+quick gets more, and what a lost worker or node had not given back is given to others. Scheduling, transport and the detection of deaths
+are Ray's.
+"""
+
+import os
+import queue
+import re
+import socket
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from swirl_env.errors import ConfigError, SwirlError
+from swirl_env.types import Trajectory
+
+Item = TypeVar("Item")
+Work = Callable[[Iterator[Item]], Iterator[Trajectory]]
+"""Turns items into trajectories, as they come. The iterator may have none for now and more later."""
+LIVES = 3
+"""Workers that an item may be lost with: then it is given up, since it may be what kills them."""
+START_SECONDS = 300.0
+"""How long no worker may be there before the run is given up."""
+WAIT_SECONDS, CONNECT_SECONDS = 0.5, 10.0
+
+
+class _Inbox:
+    """Items as they come: having none for now ends an iteration, which may begin again."""
+
+    def __init__(self) -> None:
+        self._items = queue.SimpleQueue[Any]()
+        self._first: list[Any] = []
+
+    def put(self, item: Any) -> None:
+        self._items.put(item)
+
+    def wait(self) -> None:
+        """Until there is one."""
+        self._first.append(self._items.get())
+
+    def __iter__(self) -> "_Inbox":
+        return self
+
+    def __next__(self) -> Any:
+        if self._first:
+            return self._first.pop()
+        try:
+            return self._items.get_nowait()
+        except queue.Empty:
+            raise StopIteration from None
+
+
+class Worker:
+    """What runs in an actor: `exchange` new items for what is done."""
+
+    def __init__(self, make: Callable[[], Work]):
+        self._inbox, self._done = _Inbox(), queue.SimpleQueue[Trajectory | Exception]()
+        threading.Thread(target=self._run, args=(make,), daemon=True).start()
+
+    def exchange(self, items: list[Any]) -> list[Trajectory]:
+        """Take up the items; returns what is done by now, after `WAIT_SECONDS` at most if that is nothing."""
+        for item in items:
+            self._inbox.put(item)
+        found: list[Trajectory] = []
+        try:
+            while True:
+                one = self._done.get(timeout=0 if found else WAIT_SECONDS)
+                if isinstance(one, Exception):
+                    raise one
+                found.append(one)
+        except queue.Empty:
+            return found
+
+    def _run(self, make: Callable[[], Work]) -> None:
+        try:
+            work = make()
+            while True:
+                self._inbox.wait()
+                for trajectory in work(self._inbox):
+                    self._done.put(trajectory)
+        except Exception as error:
+            self._done.put(error)
+
+
+@contextmanager
+def cluster(address: str, workers: int) -> Iterator[Any]:
+    """Ray, joined or begun: `local` begins one on this machine, which ends with the block.
+
+    Raises:
+        ConfigError: there is none at the address, or one of another version.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise ConfigError("--ray needs ray: pip install -e '.[ray]' in the project's folder.") from None
+
+    if ray.is_initialized():  # by whoever calls
+        yield ray
+        return
+    try:
+        if found := re.fullmatch(r"(?:ray://)?(.+):(\d+)", address):  # Ray would try for many minutes
+            socket.create_connection((found[1].strip("[]"), int(found[2])), CONNECT_SECONDS).close()
+        if address == "local":
+            ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, configure_logging=False)
+        else:
+            ray.init(address, log_to_driver=False, configure_logging=False)
+    except Exception as error:  # ConnectionError, ValueError, RuntimeError: Ray raises what it likes
+        said = " ".join(str(error).split())
+        if "ersion mismatch" in said:
+            raise ConfigError(
+                f"The Ray cluster at {address} is of another version: {said} Install the same on both."
+            ) from None
+        raise ConfigError(
+            f"No Ray cluster can be joined at {address}: {said} Begin one with ray start --head, or give --ray local."
+        ) from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def spread(
+    make: Callable[[], Work], items: Mapping[Hashable, Any], *, address: str, workers: int, room: int, gpus: float = 0
+) -> Generator[Trajectory]:
+    """What workers on a Ray cluster make of the items, as it comes; of each item one trajectory, however many workers are lost.
+
+    Args:
+        make: called once in each worker; what it needs must pickle, and its modules must be installed on every node.
+        items: key of the trajectory -> item.
+        address: `local`, `auto`, HOST:PORT, or ray://HOST:PORT.
+        workers: actors; each asks for one CPU.
+        room: items that a worker holds at once.
+        gpus: of each worker.
+
+    Raises:
+        ConfigError: no such cluster.
+        SwirlError: what a worker raised on purpose; or items were lost with `LIVES` workers each, or no worker could begin for
+            `START_SECONDS`. What came before is yielded.
+    """
+    with cluster(address, workers) as ray:
+        fleet = _Fleet(ray, make, items, gpus)
+        try:
+            yield from fleet.run(min(workers, len(items)), room)
+        finally:
+            fleet.close()
+
+
+class _Fleet:
+    def __init__(self, ray: Any, make: Callable[[], Work], items: Mapping[Hashable, Any], gpus: float):
+        self.ray, self.items = ray, items
+        self.waiting = deque(items)
+        self.lost: dict[Hashable, int] = {}
+        self.deaths = 0  # since something was done
+        self.given_up: dict[Hashable, str] = {}
+        self._actor = ray.remote(Worker).options(num_cpus=1, num_gpus=gpus, max_restarts=0)
+        self._make = ray.put(make)
+        self._held: dict[Any, set[Hashable]] = {}
+        self._calls: dict[Any, Any] = {}  # the call under way -> its actor
+        self._ready: set[Any] = set()
+
+    def begin(self) -> None:
+        """One more worker. It gets work when it has answered: one that no node has room for holds none."""
+        actor = self._actor.remote(self._make)
+        self._held[actor] = set()
+        self._calls[actor.exchange.remote([])] = actor
+
+    def run(self, workers: int, room: int) -> Iterator[Trajectory]:
+        for _ in range(workers):
+            self.begin()
+        alive = time.monotonic()
+        while self.waiting or any(self._held.values()):
+            calls, _ = self.ray.wait(list(self._calls), timeout=1.0)
+            if self._ready:
+                alive = time.monotonic()
+            elif time.monotonic() - alive > START_SECONDS:
+                raise SwirlError(
+                    f"No worker could begin for {START_SECONDS:.0f} s: the cluster has {self.ray.cluster_resources()}, and each worker asks for "
+                    "one CPU and its --gpus. What was made is kept; give the command again when there is room."
+                )
+            for call in calls:
+                actor = self._calls.pop(call)
+                try:
+                    done = self.ray.get(call)
+                except self.ray.exceptions.RayTaskError as error:
+                    raise _told(error) from None
+                except self.ray.exceptions.RayError as error:
+                    self._bury(actor, error)
+                    continue
+                self._ready.add(actor)
+                held = self._held[actor]
+                for one in done:
+                    if one.key in held:
+                        held.remove(one.key)
+                        self.deaths = 0
+                        yield one
+                more = [self.waiting.popleft() for _ in range(min(room - len(held), len(self.waiting)))]
+                held.update(more)
+                self._calls[actor.exchange.remote([self.items[key] for key in more])] = actor
+        if self.given_up:
+            key, reason = next(iter(self.given_up.items()))
+            raise SwirlError(
+                f"{len(self.given_up)} of {len(self.items)} pieces of work were lost with {LIVES} workers each, {key} for one. Ray says: "
+                f"{reason} The others are kept; give the command again, with a smaller --batch-size if memory ran out."
+            )
+
+    def _bury(self, actor: Any, error: Exception) -> None:
+        reason, self.deaths = " ".join(str(error).split())[:500], self.deaths + 1
+        if self.deaths > LIVES * (len(self._held) + 1):
+            raise SwirlError(
+                f"{self.deaths} workers were lost in a row, with nothing done. Ray says: {reason} What was made is kept; give the command again "
+                "when the cluster is well, with fewer --workers if memory ran out."
+            )
+        held = self._held.pop(actor)
+        self._ready.discard(actor)
+        for key in held:
+            self.lost[key] = self.lost.get(key, 0) + 1
+            if self.lost[key] < LIVES:
+                self.waiting.append(key)
+            else:
+                self.given_up[key] = reason
+        warnings.warn(
+            f"A worker was lost, and its {len(held)} pieces of work begin anew: {reason[:200]}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        self.begin()
+
+    def close(self) -> None:
+        for actor in self._held:
+            self.ray.kill(actor)
+
+
+def _told(error: Any) -> Exception:
+    """What a worker raised, as it would be raised here."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, SwirlError):
+        return cause
+    return SwirlError(f"A worker failed: {type(cause or error).__name__}: {cause or error}")
