@@ -23,6 +23,7 @@ ROOMS = [
     {"env"},
     {"wrappers", "vector"},
     {"registration", "testing"},
+    {"adapters"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 FILES = [(package, path) for package, root in PACKAGES.items() for path in sorted(root.rglob("*.py"))]
