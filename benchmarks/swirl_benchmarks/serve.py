@@ -36,7 +36,14 @@ PING_SECONDS = 20.0
 
 
 def serve(
-    make_env: Callable[[], gym.Env], name: str, *, host: str, port: int, max_sessions: int, idle: float, token: str | None
+    make_env: Callable[[], gym.Env],
+    name: str,
+    *,
+    host: str,
+    port: int,
+    max_sessions: int,
+    idle: float,
+    token: str | None,
 ) -> None:
     """Print the address, and answer until Ctrl-C.
 
@@ -161,6 +168,8 @@ def _protocol(most: int) -> type[H11Protocol]:
         def connection_made(self, transport: BaseTransport) -> None:  # type: ignore[override]
             super().connection_made(transport)  # type: ignore[arg-type]
             self.crowded = len(self.connections) > most
+            if self.crowded:
+                self.connections.discard(self)  # who is refused takes no room
             self.loop.call_later(CROWDED_SECONDS if self.crowded else REQUEST_SECONDS, self.expire)
 
         def data_received(self, data: bytes) -> None:

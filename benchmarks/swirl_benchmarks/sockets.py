@@ -19,6 +19,8 @@ def listen(host: str, port: int) -> socket.socket:
     """
     listener = None
     try:
+        if not 0 <= port <= 65535:
+            raise OverflowError("ports are 0 to 65535")  # getaddrinfo takes the rest of a division
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

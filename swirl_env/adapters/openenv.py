@@ -123,7 +123,9 @@ class ServedEnv(Environment):
         if task_id is not None and not isinstance(task_id, str):
             raise ConfigError(f"task_id must be the id of a task, got {_short(task_id)}.")
         if episode_id is not None and not (isinstance(episode_id, str) and len(episode_id) <= MAX_EPISODE_ID):
-            raise ConfigError(f"episode_id must be text of up to {MAX_EPISODE_ID} characters, got {_short(episode_id)}.")
+            raise ConfigError(
+                f"episode_id must be text of up to {MAX_EPISODE_ID} characters, got {_short(episode_id)}."
+            )
         text, info = self._env.reset(seed=seed, options=None if task_id is None else {"task_id": task_id})
         self._episode, self._steps = episode_id or str(uuid.uuid4()), 0
         return self._observation(text, info)
@@ -401,7 +403,9 @@ class RemoteEnv(gym.Env[str, str], EzPickle):
             raise ConfigError(f"{self.url}: {str(error).removeprefix('Server error: ')}") from None
         except TimeoutError:
             self._done = True
-            raise ConnectionError(f"{self.url} gave no answer in {self.timeout:g} s. Reset for another episode.") from None
+            raise ConnectionError(
+                f"{self.url} gave no answer in {self.timeout:g} s. Reset for another episode."
+            ) from None
         except (ConnectionClosed, OSError) as error:
             self._done = True
             raise ConnectionError(f"{self.url}: {error}. The episode is lost; reset for another one.") from None
