@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import gymnasium as gym
 import pytest
@@ -367,6 +368,15 @@ def test_a_server_that_dies_loses_the_episode_with_a_sentence():
             env.step("<think>x</think>")
         with pytest.raises(ResetNeeded):
             env.step("<think>x</think>")
+
+
+def test_the_page_on_serving_runs_as_printed(url, capsys):
+    page = (Path(__file__).parent.parent.parent / "docs" / "how-to" / "serve.md").read_text()
+    printed = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    assert len(printed) == 3
+    for block in printed:
+        exec(block.replace("http://127.0.0.1:8000", url), {})
+    assert "answered 0.0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
