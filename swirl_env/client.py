@@ -1,28 +1,29 @@
 """One client for every server that speaks OpenAI's chat completions (vLLM, SGLang, llama.cpp, Ollama, hosted ones).
 
-Judges and policies share it. Worker threads make single attempts; the calling thread decides what is sent next, waits out
-pauses (a waiting request holds no connection, and goes before fresh ones once its pause is over) and cuts late attempts.
-Nothing that a server does raises: a request that failed for good is a completion with `finish="error"` and the reason.
+Judges and policies share it; `swirl_env.session` says what is sent when. Nothing that a server does raises: a request that
+failed for good is a completion with `finish="error"` and the reason.
 """
 
-import heapq
+import copy
+import json
 import os
-import queue
 import random
 import re
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from itertools import count
+from contextlib import closing
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from swirl_env.errors import ConfigError, UnknownArgumentError, near
+from swirl_env.session import ChatSession, Part
 from swirl_env.transport import Exchange, Failure, Transport
-from swirl_env.types import Completion, Transcript
+from swirl_env.types import Completion, Tokens, Transcript
 
 PREFIX = "endpoint:"
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
@@ -52,21 +53,6 @@ class Usage:
         for name in ("prompt_tokens", "completion_tokens"):
             if isinstance(said, dict) and isinstance(said.get(name), int):
                 setattr(self, name, (getattr(self, name) or 0) + said[name])
-
-
-@dataclass(eq=False, slots=True)
-class _Part:
-    """Samples `first` ... `first + n - 1` of one request."""
-
-    request: int
-    first: int
-    n: int
-    tries: int = 0
-
-
-@dataclass(eq=False)
-class _Attempt(Exchange):
-    part: _Part = field(default_factory=lambda: _Part(0, 0, 1))
 
 
 def content_of(message: dict[str, Any]) -> str:
@@ -190,6 +176,37 @@ class ChatClient:
                     pass
             raise ConfigError(f"{failure.reason}{known}") from None
 
+    def load_adapter(self, name: str, path: str) -> "ChatClient":
+        """Have the server load a LoRA adapter, and return a client that asks it (vLLM with `--enable-lora` and
+        VLLM_ALLOW_RUNTIME_LORA_UPDATING=True; SGLang's path is the same).
+
+        Args:
+            name: that the adapter gets; one that is loaded already stays, so other weights need another name.
+            path: its folder, as the server sees it.
+
+        Raises:
+            ConfigError: the server cannot be reached, does not do this, or does not find or take the adapter.
+        """
+        try:
+            body = {"lora_name": name, "lora_path": path}
+            self._insist(Exchange(body, self.timeout, "/load_lora_adapter", plain=True))
+        except Failure as failure:
+            if "already been loaded" not in failure.reason:
+                raise ConfigError(
+                    f"{self.url} did not load the adapter in {path}: {failure.reason} vLLM needs --enable-lora, a --max-lora-rank that is "
+                    "not below the adapter's, VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and to see this folder under this path."
+                ) from None
+        other = copy.copy(self)
+        other.model, other.name, other._usage = name, f"{PREFIX}{name}", Usage()
+        return other
+
+    def unload_adapter(self, name: str) -> None:
+        """Have the server forget an adapter; it is no failure if it cannot."""
+        try:
+            self._insist(Exchange({"lora_name": name}, self.timeout, "/unload_lora_adapter", plain=True))
+        except Failure:
+            pass
+
     def _only_model(self) -> str:
         """The name of the server's one model. Raises `ConfigError`."""
         try:
@@ -260,56 +277,24 @@ class ChatClient:
             n: samples of each.
             read: the text of a reply's message; an empty one counts as no reply.
         """
-        done: list[list[Any]] = [[None] * n for _ in requests]
-        fresh = deque(part for i in range(len(requests)) for part in self._split(_Part(i, 0, n)))
-        paused: list[tuple[float, int, _Part]] = []
-        began: dict[int, float] = {}
-        flying: set[_Attempt] = set()
-        landed: queue.SimpleQueue[_Attempt] = queue.SimpleQueue()
-        order = count()
+        session = self.session(read)
+        for key, request in enumerate(requests):
+            session.add(key, request, n)
+        done: dict[int, list[Completion]] = {}
+        with closing(session):
+            while len(session):
+                done.update(session.poll(60.0))
+        return [done[key] for key in range(len(requests))]
 
-        def send(attempt: _Attempt) -> None:
-            self._transport.run(attempt)
-            landed.put(attempt)
+    def session(self, read: Callable[[dict[str, Any]], str] = content_of) -> ChatSession:
+        """Requests that come as they come, and are answered as they are."""
+        return ChatSession(self, read)
 
-        try:
-            while fresh or paused or flying:
-                now = time.monotonic()
-                while len(flying) < self.concurrency and (fresh or paused and paused[0][0] <= now):
-                    part = heapq.heappop(paused)[2] if paused and paused[0][0] <= now else fresh.popleft()
-                    left = began.setdefault(part.request, now) + self.deadline - now
-                    body = self._body(requests[part.request], part.n, part.first)
-                    attempt = _Attempt(body, min(self.timeout, left), part=part)
-                    flying.add(attempt)
-                    if left > 0:
-                        self._workers.submit(send, attempt)
-                    else:
-                        attempt.outcome = Failure(f"The deadline of {self.deadline:.4g} s is over.", "refused")
-                        landed.put(attempt)
-                wake = [attempt.ends for attempt in flying]
-                if paused and len(flying) < self.concurrency:
-                    wake.append(paused[0][0])
-                try:
-                    attempt = landed.get(timeout=min(max(0.0, min(wake) - now), 60.0))
-                except queue.Empty:
-                    now = time.monotonic()
-                    for attempt in flying:
-                        if attempt.begun is not None and attempt.ends <= now:
-                            attempt.cut()
-                    continue
-                flying.discard(attempt)
-                for when, part in self._settle(attempt, requests, read, done, began[attempt.part.request]):
-                    heapq.heappush(paused, (when, next(order), part))
-        finally:
-            for attempt in flying:
-                attempt.cut()
-        return done
-
-    def _split(self, part: _Part) -> list[_Part]:
+    def _split(self, part: Part) -> list[Part]:
         """As many requests as the server's number of choices makes necessary."""
         size = self._most or max(part.n, 1)
         end = part.first + part.n
-        return [_Part(part.request, i, min(size, end - i), part.tries) for i in range(part.first, end, size)]
+        return [Part(part.request, i, min(size, end - i), part.tries) for i in range(part.first, end, size)]
 
     def _body(self, request: dict[str, Any], n: int, first: int) -> dict[str, Any]:
         seed = self.seed if request.get("seed") is None else request["seed"]
@@ -327,48 +312,8 @@ class ChatClient:
         }
         return {key: value for key, value in body.items() if value is not None}
 
-    def _settle(
-        self, attempt: _Attempt, requests: list[dict[str, Any]], read: Callable, done: list[list[Any]], began: float
-    ) -> list[tuple[float, _Part]]:
-        """Write down what an attempt brought. Returns what is still to be asked for, and when."""
-        part, outcome, now = attempt.part, attempt.outcome, time.monotonic()
-        taken: list[Completion] = []
-        try:
-            if isinstance(outcome, Failure):
-                raise outcome
-            assert outcome is not None
-            taken = self._completions(outcome, part, tuple(requests[part.request].get("stop") or ()), read)
-        except Failure as failure:
-            if part.n > 1 and not failure.passes and re.search(r"\bn\b", failure.reason):
-                with self._lock:
-                    self._usage._add(attempt)
-                self._most = 1  # this server takes no n: ask for each sample alone
-                return [(now, one) for one in self._split(part)]
-            reason, tries = failure.reason, part.tries + 1
-            again = failure.passes and part.tries < self.retries
-            when = now + self._pause(failure, part.tries)
-            if again and when >= began + self.deadline:
-                again = False
-                reason += f" The deadline of {self.deadline:.4g} s leaves no time to ask again."
-            with self._lock:
-                self._usage._add(attempt)
-                self._usage.retries += again
-                self._usage.failures += not again
-            if again:
-                part.tries = tries
-                return [(when, part)]
-            if tries > 1:
-                reason += f" ({tries} tries in {now - began:.1f} s)"
-            done[part.request][part.first : part.first + part.n] = [Completion(reason, None, "error")] * part.n
-            return []
-        with self._lock:
-            self._usage._add(attempt)
-        done[part.request][part.first : part.first + len(taken)] = taken
-        rest = _Part(part.request, part.first + len(taken), part.n - len(taken), part.tries)
-        return [(now, part) for part in self._split(rest)]
-
     def _completions(
-        self, reply: dict[str, Any], part: _Part, stop: tuple[str, ...], read: Callable
+        self, reply: dict[str, Any], part: Part, stop: tuple[str, ...], read: Callable
     ) -> list[Completion]:
         """At least one completion, at most as many as were asked for. Raises `Failure` if there is none."""
         choices = reply.get("choices")
@@ -385,7 +330,8 @@ class ChatClient:
             if reason == "content_filter":
                 found.append(Completion(f"{self.url} withheld the reply (content filter).", None, "error"))
             elif text:
-                found.append(Completion(*_ended(text, stop, choice), _alternatives(choice)))
+                text, finish = _ended(text, stop, choice)
+                found.append(Completion(text, _tokens(choice), finish, _alternatives(choice)))
             else:
                 spent |= reason == "length"
                 thought |= bool(message.get("reasoning_content") or message.get("reasoning"))
@@ -402,6 +348,27 @@ class ChatClient:
         return found
 
 
+def open_endpoint(name: str, flag: str, **settings: Any) -> ChatClient:
+    """The client of `endpoint:URL`, `endpoint:URL#MODEL`, or JSON as `{"endpoint": URL, "extra": {"seed": null}}`, whose settings go before
+    these. `flag` is where the name was given, for messages. Raises as `make_endpoint`."""
+    own: dict[str, Any] = {"endpoint": name}
+    if name.startswith("{"):
+        try:
+            own = json.loads(name)
+        except ValueError as error:
+            raise ConfigError(f"{flag} begins like JSON, but is not JSON: {error}.") from None
+    if not isinstance(own.get("endpoint"), str):
+        raise ConfigError(
+            f'{flag} as JSON is like {{"endpoint": "http://127.0.0.1:8000/v1", "extra": {{"seed": null}}}}.'
+        )
+    try:
+        return make_endpoint(own.pop("endpoint"), **settings | own)
+    except TypeError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{flag} has a setting of a wrong type: {error}.") from error
+
+
 _clients: "weakref.WeakSet[ChatClient]" = weakref.WeakSet()
 
 
@@ -415,29 +382,44 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _ended(text: str, stop: tuple[str, ...], choice: dict[str, Any]) -> tuple[str, None, Any]:
-    """(text up to and with its first stop string, no tokens, how it ended).
+def _ended(text: str, stop: tuple[str, ...], choice: dict[str, Any]) -> tuple[str, Any]:
+    """(text up to and with its first stop string, how it ended).
 
     Servers strip the string they stopped at; it is put back where it is known: from vLLM's `stop_reason` or SGLang's
     `matched_stop`, else if it is the only stop string `</tag>` whose `<tag>` stands open.
     """
     ends = [text.find(string) + len(string) for string in stop if string and string in text]
     if ends:
-        return text[: min(ends)], None, "stop"
+        return text[: min(ends)], "stop"
     if choice.get("finish_reason") == "length":
-        return text, None, "length"
+        return text, "length"
     if choice.get("finish_reason") == "stop":
         named = [choice[key] for key in ("stop_reason", "matched_stop") if key in choice]
         hit = [string for string in stop if string in named] if named else _open(text, stop)
         if len(hit) == 1:
-            return text + hit[0], None, "stop"
-    return text, None, "eos"
+            return text + hit[0], "stop"
+    return text, "eos"
 
 
 def _open(text: str, stop: tuple[str, ...]) -> list[str]:
     """The stop strings `</tag>` whose `<tag>` was opened; none of them stands in the text."""
     tags = [(string, re.fullmatch(r"</(.+)>", string)) for string in stop]
     return [string for string, tag in tags if tag and f"<{tag[1]}>" in text]
+
+
+def _tokens(choice: dict[str, Any]) -> Tokens | None:
+    """What was sampled, where the server tells (vLLM: `return_token_ids` and `logprobs`, as fields of `extra`): the action's tokens
+    alone. The log-probs are those that the server gives; vLLM's are under the sampled distribution with
+    `--logprobs-mode processed_logprobs`. `None` for a message that the server took apart: its text is not the tokens'."""
+    ids, message = choice.get("token_ids"), choice["message"]
+    if not ids or message.get("tool_calls") or message.get("reasoning_content") or message.get("reasoning"):
+        return None
+    try:
+        logprobs = [float(entry["logprob"]) for entry in choice["logprobs"]["content"]]
+        found = Tokens(np.asarray(ids, np.int32), np.ones(len(ids), bool), np.asarray(logprobs, np.float32))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    return found if found.ids.shape == found.logprobs.shape else None
 
 
 def _alternatives(choice: dict[str, Any]) -> tuple[dict[str, float], ...] | None:

@@ -63,6 +63,8 @@ class Exchange:
     limit: float
     """Seconds it may take from its begin on."""
     path: str = "/chat/completions"
+    plain: bool = False
+    """Whether a reply that is no JSON object will do: it is then `{}`."""
     begun: float | None = None
     seconds: float = 0.0
     outcome: "dict[str, Any] | Failure | None" = None
@@ -254,7 +256,7 @@ class Transport:
             if isinstance(error, _CUT):
                 raise Failure(f"{self.url} closed the connection before its reply was whole.") from None
             raise
-        return self._read(status, after, content)
+        return self._read(status, after, content, exchange)
 
     def _content(self, response: requests.Response) -> bytes:
         content = bytearray()
@@ -264,7 +266,7 @@ class Transport:
                 raise Failure(f"{self.url} sent more than {MAX_REPLY_BYTES >> 20} MB.", "refused")
         return bytes(content)
 
-    def _read(self, status: int, after: float | None, content: bytes) -> dict[str, Any]:
+    def _read(self, status: int, after: float | None, content: bytes, exchange: Exchange) -> dict[str, Any]:
         """The JSON object of a reply. Raises `Failure` for what says that there is none."""
         try:
             value = json.loads(content)
@@ -272,14 +274,16 @@ class Transport:
             value = None
         if 200 <= status < 300:
             if not isinstance(value, dict):
+                if exchange.plain:
+                    return {}
                 raise Failure(f"{self.url} answered with no JSON object: is it an OpenAI-compatible server?")
             if not value.get("error"):
                 return value
             code = value["error"].get("code") if isinstance(value["error"], dict) else None
             status = code if isinstance(code, int) and 400 <= code < 600 else 400
-        raise self._refusal(status, self.safe(_said(value, content)), after)
+        raise self._refusal(status, self.safe(_said(value, content)), after, exchange.path)
 
-    def _refusal(self, status: int, said: str, after: float | None) -> Failure:
+    def _refusal(self, status: int, said: str, after: float | None, path: str) -> Failure:
         said, low = said and f" {said}", said.lower()
         if status in (401, 403):
             todo = (
@@ -303,7 +307,8 @@ class Transport:
         ):
             return Failure(f"{self.url} has no such model ({status}).{said}", "model")
         if status in (404, 405):
-            return Failure(f"{self.url} has no chat completions ({status}). The address mostly ends in /v1.", "url")
+            what = "chat completions" if path == "/chat/completions" else path
+            return Failure(f"{self.url} has no {what} ({status}).{said} The address mostly ends in /v1.", "url")
         field = next((field for field in _OPTIONAL if re.search(rf"\b{field}\b", low)), None)
         todo = f" Leave that field out with extra={{{field!r}: None}} (null in JSON)." if field else ""
         return Failure(f"{self.url} refuses the request ({status}).{said}{todo}", "refused")

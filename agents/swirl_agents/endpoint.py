@@ -10,6 +10,7 @@ from typing import Any
 
 from swirl_env.client import ChatClient, content_of
 from swirl_env.grammar import Grammar
+from swirl_env.session import ChatSession
 from swirl_env.syntax import function_schema, read_json
 from swirl_env.types import Completion, Message, Transcript
 
@@ -37,22 +38,37 @@ class EndpointPolicy:
     def __init__(self, client: ChatClient, grammar: Grammar | None = None):
         self.client, self.grammar, self.name = client, grammar, client.name
 
+        tooled = grammar is not None and grammar.dialect.form == "message"
+        self._turns, self._read = (to_messages, to_json) if tooled else (to_turns, to_text)
+        tools = [function_schema(tool) for tool in grammar.tools.values()] if tooled and grammar else []
+        self._common: dict[str, Any] = {"tools": tools} if tools else {}
+
     def __call__(self, transcripts: list[Transcript], n: int = 1) -> list[list[Completion]]:
         """`n` completions for each transcript; one that failed says why (`finish="error"`)."""
-        stop, tooled = self.client.stop, self.grammar is not None and self.grammar.dialect.form == "message"
-        common: dict[str, Any] = {}
-        if tooled and self.grammar is not None and self.grammar.tools:
-            common["tools"] = [function_schema(tool) for tool in self.grammar.tools.values()]
-        requests = [
-            {
-                "messages": (to_messages if tooled else to_turns)(transcript.messages),
-                "stop": transcript.stop if stop is None else stop,
-                "seed": transcript.seed,
-                **common,
-            }
-            for transcript in transcripts
-        ]
-        return self.client.chat(requests, n, to_json if tooled else to_text)
+        return self.client.chat([self._request(transcript) for transcript in transcripts], n, self._read)
+
+    def session(self) -> "EndpointSession":
+        """States that come as they come: an episode whose step is taken goes on while the others wait for their replies."""
+        return EndpointSession(self)
+
+    def _request(self, transcript: Transcript) -> dict[str, Any]:
+        return {
+            "messages": self._turns(transcript.messages),
+            "stop": transcript.stop if self.client.stop is None else self.client.stop,
+            "seed": transcript.seed,
+            **self._common,
+        }
+
+
+class EndpointSession(ChatSession):
+    """A `ChatSession` that is asked about transcripts."""
+
+    def __init__(self, policy: EndpointPolicy):
+        super().__init__(policy.client, policy._read)
+        self._policy = policy
+
+    def add(self, key: Any, transcript: Transcript, n: int = 1) -> None:  # type: ignore[override]
+        super().add(key, self._policy._request(transcript), n)
 
 
 def to_turns(messages: tuple[Message, ...]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import hashlib
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
@@ -85,7 +85,7 @@ def rollout(
     seed: int = 0,
     round: int = 0,
     batch_size: int = 32,
-) -> Iterator[Trajectory]:
+) -> Generator[Trajectory]:
     """Play episodes and yield each as it ends; `batch_size` run at once, and a finished one makes room for the next.
 
     Args:
@@ -93,18 +93,14 @@ def rollout(
             is closed when the rollout ends, fails or is closed itself, after steps that are under way.
         policy: acts at every state; a list without a completion means that the state is longer than its context, and
             one with `finish="error"` ends its episode (`stop="error"`, with a warning that says why).
-        tasks: (task id, sample number) pairs.
+        tasks: (task id, sample number) pairs; each is taken when there is room for it. One that has none for now may have more later:
+            it is asked again as long as episodes run.
         seed: of all draws.
         round: recorded in the trajectories.
     """
     if not callable(make_env):
         raise ConfigError(f"rollout() takes a function that makes an environment, got {type(make_env).__name__}.")
-    jobs = list(tasks)
-    if wrong := [job for job in jobs if not isinstance(job, tuple) or len(job) != 2]:
-        raise ConfigError(
-            f"rollout() takes (task id, sample number) pairs, such as ('gsm8k-train-0', 0); got {wrong[0]!r}."
-        )
-    waiting = iter(jobs)
+    waiting = iter(tasks)
     free: list[gym.Env] = []
     session = policy.session() if hasattr(policy, "session") else _Asked(policy)
     together = ALL_COMPLETED if isinstance(session, _Asked) else FIRST_COMPLETED
@@ -112,6 +108,10 @@ def rollout(
     with ExitStack() as made, closing(_Steps(min(batch_size, MAX_THREADS))) as steps, closing(session):
         while True:
             while running < batch_size and (job := next(waiting, None)) is not None:
+                if not isinstance(job, tuple) or len(job) != 2:
+                    raise ConfigError(
+                        f"rollout() takes (task id, sample number) pairs, such as ('gsm8k-train-0', 0); got {job!r}."
+                    )
                 if not free:
                     free.append(make_env())
                     made.callback(free[-1].close)

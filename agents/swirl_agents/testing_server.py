@@ -3,7 +3,8 @@
     python -m swirl_agents.testing_server --reply "<answer>42</answer>" --faults 0.2
 
 A token is a word with the blanks before it. What a real server checks, this one does: key, model, context length, stop
-strings (stripped, as servers do), `n`, `max_tokens`, log-probs.
+strings (stripped, as servers do), `n`, `max_tokens`, log-probs, token ids, `stream` (a whole message in one event). Adapters are loaded
+and unloaded as vLLM 0.33 does it.
 """
 
 import json
@@ -11,8 +12,10 @@ import re
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -36,6 +39,7 @@ class ChatServer:
         stops: whether it heeds stop strings.
         names_stop: whether it says which it met, as vLLM does.
         refuses: fields of a request that it does not take.
+        adapters: whether it loads LoRA adapters.
         retry_after: what it sends with a 429.
         port: 0 for a free one.
         seed: of the faults.
@@ -45,12 +49,13 @@ class ChatServer:
         self, reply: str | Callable[[dict[str, Any]], str | dict[str, Any]] = "<answer>42</answer>", *,
         seconds: float = 0.0, faults: float | Iterable[str | None] = 0.0, models: tuple[str, ...] = ("test",),
         key: str | None = None, context: int = 100_000, most: int = 1_000, stops: bool = True, names_stop: bool = False,
-        refuses: tuple[str, ...] = (),
-        retry_after: str = "1", port: int = 0, seed: int = 0,
+        refuses: tuple[str, ...] = (), adapters: bool = False, retry_after: str = "1", port: int = 0, seed: int = 0,
     ):  # fmt: skip
         self.reply, self.seconds, self.models, self.key, self.context = reply, seconds, models, key, context
         self.most, self.stops, self.names_stop, self.retry_after = most, stops, names_stop, retry_after
         self.refuses = refuses
+        self.adapters: dict[str, str] | None = {} if adapters else None
+        """Name -> folder of those loaded now; `None`: it loads none."""
         self._faults = _drawn(faults, Random(seed)) if isinstance(faults, float) else iter(faults)
         self._lock, self._closing = threading.Lock(), threading.Event()
         self.bodies: list[dict[str, Any]] = []
@@ -104,7 +109,7 @@ class ChatServer:
         """Status and message for what this server cannot answer."""
         if not isinstance(body.get("messages"), list) or not body["messages"]:
             return 400, "messages: a list of messages is needed."
-        if body.get("model") not in self.models:
+        if body.get("model") not in (*self.models, *(self.adapters or ())):
             return 404, f"The model `{body.get('model')}` does not exist."
         if refused := [field for field in self.refuses if field in body]:
             return 400, f"Unsupported parameter: '{refused[0]}' is not supported with this model."
@@ -114,6 +119,26 @@ class ChatServer:
                 f"This model's maximum context length is {self.context} tokens. However, you requested {asked} tokens."
             )
         return None
+
+    def change_adapters(self, load: bool, body: dict[str, Any]) -> tuple[int, str]:
+        """Status, and what is said: plain text of a success, as vLLM has it."""
+        name, path = body.get("lora_name"), body.get("lora_path")
+        if self.adapters is None:
+            return 404, "Not Found"
+        if load and name in self.adapters:
+            return (
+                400,
+                f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set 'load_inplace' to True.",
+            )
+        if load and not Path(str(path), "adapter_config.json").is_file():
+            return 404, f"Loading lora {name} failed: No adapter found for {path}"
+        if not load and name not in self.adapters:
+            return 404, f"The lora adapter '{name}' cannot be found."
+        if load:
+            self.adapters[str(name)] = str(path)
+        else:
+            del self.adapters[str(name)]
+        return 200, f"Success: LoRA adapter '{name}' {'added' if load else 'removed'} successfully."
 
     def completion(self, body: dict[str, Any]) -> dict[str, Any]:
         choices = [self._choice(i, body) for i in range(min(body.get("n") or 1, self.most))]
@@ -144,6 +169,8 @@ class ChatServer:
         }  # fmt: skip
         if self.names_stop:
             choice["stop_reason"] = met
+        if body.get("return_token_ids"):
+            choice["token_ids"] = [zlib.crc32(token.encode()) % 50_000 for token in _tokens(text)]
         if body.get("logprobs"):
             choice["logprobs"] = {"content": [_logprob(token, body.get("top_logprobs", 0)) for token in _tokens(text)]}
         return choice
@@ -221,7 +248,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.path != "/v1/chat/completions":
+        if self.path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
+            if self._welcome():
+                status, said = self.chat.change_adapters("unload" not in self.path, json.loads(content))
+                if status == 200:
+                    self._head(status, len(said), {"Content-Type": "text/plain"})
+                    self.wfile.write(said.encode())
+                else:
+                    self._refuse(status, said)
+        elif self.path != "/v1/chat/completions":
             self._say(404, {"detail": "Not Found"})
         elif self._welcome():
             body = json.loads(content)
@@ -253,7 +288,28 @@ class _Handler(BaseHTTPRequestHandler):
                 choice["message"]["content"] = ""
         if fault in ("drip", "close"):
             return self._trickle(json.dumps(value).encode(), fault)
+        if body.get("stream"):
+            return self._stream(value)
         return self._say(200, value)
+
+    def _stream(self, value: dict[str, Any]) -> None:
+        """Server-sent events: a chunk with every message, one that says why each ended, one with the usage, the end."""
+        head = value | {"object": "chat.completion.chunk"}
+        said, ended = [], []
+        for choice in value["choices"]:
+            delta = choice["message"] | {}
+            if calls := delta.get("tool_calls"):
+                delta["tool_calls"] = [{"index": i} | call for i, call in enumerate(calls)]
+            said.append({"index": choice["index"], "delta": delta, "finish_reason": None})
+            ended.append({"index": choice["index"], "delta": {}, "finish_reason": choice["finish_reason"]})
+        chunks = [
+            head | {"choices": said, "usage": None},
+            head | {"choices": ended, "usage": None},
+            head | {"choices": []},
+        ]
+        content = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+        self._head(200, len(content.encode()), {"Content-Type": "text/event-stream"})
+        self.wfile.write(content.encode())
 
     def _trickle(self, content: bytes, fault: str) -> None:
         self.close_connection = True

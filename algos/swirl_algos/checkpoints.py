@@ -26,6 +26,7 @@ from swirl_algos.sharding import gathered, shared_out
 from swirl_env.errors import SwirlError
 
 OPTIMIZER, STATE = "optimizer.safetensors", "trainer.json"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 class TrainingError(SwirlError, RuntimeError):
@@ -79,6 +80,49 @@ def save_model(model, tokenizer, folder: Path, weights: dict[str, torch.Tensor] 
     them, where the model's own are shares."""
     model.save_pretrained(folder, safe_serialization=True, **({} if weights is None else {"state_dict": weights}))
     tokenizer.save_pretrained(folder)
+
+
+def base_adapter(model) -> Path | None:
+    """The folder of the LoRA adapter that a model with adapters stands on (merged into its weights); `None`: it stands on none."""
+    if not hasattr(model, "peft_config"):
+        return None
+    folder = Path(model.get_base_model().name_or_path)
+    return folder if (folder / ADAPTER_CONFIG).exists() else None
+
+
+def joins(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two adapters, by their configs, can be written as one: plain LoRA on the same layers."""
+    odd = (
+        "use_rslora",
+        "use_dora",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+        "layers_to_transform",
+        "target_parameters",
+    )
+    return set(first["target_modules"]) == set(second["target_modules"]) and all(
+        str(one.get("peft_type")).endswith("LORA") and one.get("bias", "none") == "none" and not any(map(one.get, odd))
+        for one in (first, second)
+    )
+
+
+def join_adapters(first: Path, second: Path) -> None:
+    """Write the adapter in `second`, trained on a model with `first` merged into it, as one adapter of the model that `first` is for:
+    W + s1 B1 A1 + s2 B2 A2 = W + [s1 B1, s2 B2] [A1; A2], s = alpha / r. Its rank is the sum of both."""
+    configs = [json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")) for folder in (first, second)]
+    weights = [load_file(folder / ADAPTER) for folder in (first, second)]
+    joined = {}
+    for name in weights[0].keys() | weights[1].keys():
+        pair = [one[name].float() for one in weights]
+        if "lora_B" in name:
+            joined[name] = torch.cat([b * (c["lora_alpha"] / c["r"]) for b, c in zip(pair, configs, strict=True)], 1)
+        else:
+            joined[name] = torch.cat(pair)
+    rank = sum(config["r"] for config in configs)
+    save_file({name: tensor.contiguous() for name, tensor in joined.items()}, second / ADAPTER, {"format": "pt"})
+    config = json.dumps(configs[0] | {"r": rank, "lora_alpha": rank}, indent=2)
+    (second / ADAPTER_CONFIG).write_text(config, encoding="utf-8")
 
 
 def moments(model, optimizer: torch.optim.Optimizer, main: bool = True) -> dict[str, torch.Tensor]:
@@ -153,7 +197,7 @@ def _load_weights(checkpoint: Path, model) -> None:
     if hasattr(model, "peft_config"):
         from peft import set_peft_model_state_dict
 
-        set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
+        set_peft_model_state_dict(model, load_file(checkpoint / ADAPTER))
         return
     loaded = type(model).from_pretrained(checkpoint, dtype=next(model.parameters()).dtype)
     model.load_state_dict(loaded.state_dict())

@@ -35,10 +35,10 @@ class TrainerConfig:
 
 
 def lasting(config: Any) -> dict[str, Any]:
-    """A config as JSON values, without those settings of its trainer that do not change the result."""
+    """A config as JSON values, without those settings that do not change the result."""
     values = asdict(config)
     for trainer in (values, values.get("trainer", {})):
-        for name in ("save_every", "tracker", "shard"):
+        for name in ("save_every", "tracker", "shard", "server"):
             trainer.pop(name, None)
     return values
 

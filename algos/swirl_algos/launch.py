@@ -8,14 +8,18 @@ stop.
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import gymnasium as gym
 import tyro
+from swirl_agents.endpoint import EndpointPolicy
 from swirl_agents.judges import open_judge
 from swirl_agents.scripted import SCRIPTED
 from tyro.conf import Positional
@@ -32,11 +36,12 @@ from swirl_algos.configs import (
 )
 from swirl_algos.filters import FILTERS, Kept, NothingKept, keep
 from swirl_algos.folders import claim, complete, content, digest, read_claim
-from swirl_env.client import PREFIX
+from swirl_env.client import PREFIX, open_endpoint
 from swirl_env.env import ToolEnv
 from swirl_env.errors import ConfigError, SwirlError, UnknownNameError, near
+from swirl_env.grammar import Grammar
 from swirl_env.io import read
-from swirl_env.types import Judge, Trajectory
+from swirl_env.types import Judge, Policy, Trajectory
 
 CONFIGS = {"swirl": SwirlConfig, "reinforce": ReinforceConfig, "grpo": GrpoConfig, "sft": SftConfig}
 WARM_START = "warm_start"
@@ -54,6 +59,9 @@ class Launch:
     """name of the result in the run folder; none: that of the algorithm"""
     judge: str | None = None
     """who scores the actions; none: as in the run, else rules"""
+    server: str | None = None
+    """who acts in rounds after the first: endpoint:URL of a vLLM server, which loads each round's adapter (needs lora_rank); none: this
+    process"""
     filter: str | None = None
     """which judged trajectories to train on: none, process, outcome or both; not given: kept.jsonl, else process"""
     limit: int | None = None
@@ -240,15 +248,49 @@ def _rounds(
                 if config.beta:
                     trainer.reference  # noqa: B018  the checkpoint of this round's start, before anything acts
                 if round:
-                    states = _again(trainer, launch, config, trajectories, judge, round, place / f"round-{round}")
+                    acts = (
+                        partial(_served, trainer, launch, config, grammar, start)
+                        if launch.server
+                        else partial(_local, trainer, config)
+                    )
+                    states = _again(trainer, launch, acts, trajectories, judge, round, place / f"round-{round}")
                 swirl.train(trainer, states, judge, grammar, config)
                 trainer.save_model(here)
         start = str(here)
     _say(f"{target} is the trained model; {place} says how it went.", _first_process())
 
 
+@contextmanager
+def _local(trainer: Any, config: SwirlConfig) -> Iterator[Policy]:
+    """The model in training, as a policy."""
+    policy = trainer.policy(config.temperature, config.max_new_tokens)
+    with trainer.acting():
+        yield policy
+    policy.free()
+
+
+@contextmanager
+def _served(trainer: Any, launch: Launch, config: SwirlConfig, grammar: Grammar, adapter: str) -> Iterator[Policy]:
+    """A server's model with this adapter, as a policy."""
+    assert launch.server is not None
+    client = open_endpoint(
+        launch.server, "--server", temperature=config.temperature, max_new_tokens=config.max_new_tokens
+    )
+    weights = (Path(adapter) / "adapter_model.safetensors").read_bytes()
+    name = f"{launch.name or 'swirl'}-{sha256(weights).hexdigest()[:8]}"  # other weights never meet the server's cache of these
+    yield EndpointPolicy(client.load_adapter(name, str(Path(adapter).resolve())), grammar)
+    trainer.accelerator.wait_for_everyone()
+    client.unload_adapter(name)
+
+
 def _again(
-    trainer: Any, launch: Launch, config: SwirlConfig, recorded: list[Trajectory], judge: Judge, round: int, place: Path
+    trainer: Any,
+    launch: Launch,
+    acts: Callable[[], AbstractContextManager[Policy]],
+    recorded: list[Trajectory],
+    judge: Judge,
+    round: int,
+    place: Path,
 ) -> list[Trajectory]:
     """New trajectories of the recorded ones' questions by the current policy, judged and filtered; each process makes its share.
     What was kept once stays: a judge that could tell more later would change what is trained on."""
@@ -257,13 +299,11 @@ def _again(
     tasks = list(dict.fromkeys(one.task.id for one in recorded))
     samples = 1 + max(one.sample for one in recorded)
     part = f"-{trainer.rank}" if trainer.world > 1 else ""
-    policy = trainer.policy(config.temperature, config.max_new_tokens)
-    with trainer.acting():
+    with acts() as policy:
         acted = stages.generate(
             env_of(recorded[0], None, "outcome"), policy, trainer.mine(tasks), place / f"trajectories{part}.jsonl", samples=samples,
             seed=launch.seed, round=round, name=f"generate, round {round}",
         )  # fmt: skip
-    policy.free()
     judged = trainer.gather(stages.judge(acted, judge, place / f"judged{part}.jsonl"))
     judged.sort(key=lambda one: one.key)  # in the same order, however many processes acted
     kept = keep(launch.filter or "process", judged)
@@ -319,9 +359,9 @@ def _check(launch: Launch, config: Any) -> None:
         raise ConfigError(f"limit must be at least 1, got {launch.limit}.")
     check_config(config)
     check_config(launch.trainer, "trainer.")
-    if getattr(config, "rounds", 1) > 1 and launch.trainer.lora_rank and asks_for_shares(launch.trainer):
+    if launch.server and not (launch.trainer.lora_rank and getattr(config, "rounds", 1) > 1):
         raise ConfigError(
-            "Several rounds with adapters cannot be shared out: each begins on the adapter of the one before. Leave one out."
+            "--server acts in rounds after the first, with the adapter of each: give --rounds and --trainer.lora-rank too."
         )
 
 

@@ -1,9 +1,12 @@
 """The arrows between a run's files: generate, judge, filter. Each appends to its file and goes on where it stopped."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,8 @@ UNKNOWN_LIMIT = 0.2
 ENOUGH_STEPS = 50
 """Judged steps from which on the share of unknown verdicts is held against its limit; at the end it is in any case."""
 MAX_THREADS = 256
+ENOUGH_ERRORS = 64
+"""Episodes in a row that end by an error, after which the rest is not tried."""
 BATCH_STEPS = 64
 """Steps that a judge in this process is asked about at once."""
 
@@ -53,28 +58,64 @@ def bar(total: int, name: str, unit: str, done: int = 0, delay: float = 0) -> tq
     )
 
 
+Job = tuple[str, int]
+"""(task id, sample number)"""
+
+
 def generate(
     make_env: Callable[[], gym.Env], policy: Policy, task_ids: Sequence[str], path: Path, *, samples: int = 1, seed: int = 0,
     batch_size: int = 32, round: int = 0, name: str = "generate",
 ) -> list[Trajectory]:  # fmt: skip
-    """Trajectories of (task, sample) pairs; those already in the file are not made again, but for those that an error ended.
+    """Trajectories of (task, sample) pairs, as `record` makes them in this process.
 
     Returns:
         all of them, in the order of `task_ids`.
     """
-    found = list(read(path, Trajectory))
-    done = {trajectory.key: trajectory for trajectory in found if trajectory.stop != "error"}
-    if len(done) < len(found):
-        rewrite(path, done.values())
     jobs = [(task_id, sample) for task_id in task_ids for sample in range(samples)]
-    missing = [(task_id, sample) for task_id, sample in jobs if (task_id, sample, round) not in done]
+    play = partial(rollout, make_env, policy, seed=seed, round=round, batch_size=batch_size)
+    record(play, jobs, path, round=round, name=name)
+    made = {trajectory.key: trajectory for trajectory in read(path, Trajectory)}
+    return [made[task_id, sample, round] for task_id, sample in jobs]
+
+
+def record(
+    play: Callable[[list[Job]], Generator[Trajectory]],
+    jobs: Sequence[Job],
+    path: Path,
+    *,
+    round: int = 0,
+    name: str = "generate",
+) -> Counter[str]:
+    """Play the jobs that the file lacks, or that an error ended, and write each as it comes; none is held in memory.
+
+    Returns:
+        episodes by stop reason, over all jobs.
+
+    Raises:
+        SwirlError: `ENOUGH_ERRORS` episodes in a row were ended by an error: whoever acts is gone. What was made is kept.
+    """
+    stops: dict[tuple[str, int, int], str] = {one.key: one.stop for one in read(path, Trajectory)}
+    if "error" in stops.values():
+        rewrite(path, (one for one in read(path, Trajectory) if one.stop != "error"))
+    missing = [job for job in jobs if stops.get((*job, round), "error") == "error"]
     if missing:
-        with Writer[Trajectory](path) as out, bar(len(jobs), name, "episode", len(jobs) - len(missing)) as progress:
-            for trajectory in rollout(make_env, policy, missing, seed=seed, round=round, batch_size=batch_size):
+        failed = 0
+        with (
+            Writer[Trajectory](path) as out,
+            bar(len(jobs), name, "episode", len(jobs) - len(missing)) as progress,
+            closing(play(missing)) as played,
+        ):
+            for trajectory in played:
                 out.write(trajectory)
-                done[trajectory.key] = trajectory
+                stops[trajectory.key] = trajectory.stop
                 progress.update()
-    return [done[task_id, sample, round] for task_id, sample in jobs]
+                failed = failed + 1 if trajectory.stop == "error" else 0
+                if failed == ENOUGH_ERRORS:
+                    raise SwirlError(
+                        f"The last {failed} episodes were all ended by an error, told above. Mend it and give the command again: what was "
+                        f"made is in {path}."
+                    )
+    return Counter(stops[*job, round] for job in jobs)
 
 
 def judge(trajectories: Iterable[Trajectory], judge: Judge, path: Path, unknown_limit: float = 1.0) -> list[Trajectory]:
@@ -196,19 +237,19 @@ def _unknown(trajectory: Trajectory) -> list[Failure]:
 
 def rewrite(path: Path, records: Iterable) -> None:
     """The file anew, whole or not at all; none where there is no record."""
-    if kept := list(records):
-        _write_whole(path, kept)
-    else:
+    if not _write_whole(path, records):
         path.unlink(missing_ok=True)
 
 
-def _write_whole(path: Path, records: Iterable) -> None:
-    part = path.with_name(path.name + ".part")
+def _write_whole(path: Path, records: Iterable) -> int:
+    """Returns how many there are."""
+    part, n = path.with_name(path.name + ".part"), 0
     part.unlink(missing_ok=True)
     with Writer[Any](part) as out:
-        for record in records:
+        for n, record in enumerate(records, 1):  # noqa: B007
             out.write(record)
     part.replace(path)
+    return n
 
 
 def filter_by(name: str, trajectories: Iterable[Trajectory], path: Path) -> Kept:

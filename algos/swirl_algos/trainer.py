@@ -101,9 +101,15 @@ class Trainer:
         self._shared_out = False
         # layers go to their cards when they are shared out: until then a model that no card holds stays where it is
         self.model = _with_adapters(model if self.sharded else model.to(self.accelerator.device), config, seed)
-        if self.sharded and _stacked(self.model):
+        self._base = checkpoints.base_adapter(self.model)
+        self._joins = self._base is not None and checkpoints.joins(
+            json.loads((self._base / checkpoints.ADAPTER_CONFIG).read_text(encoding="utf-8")),
+            self.model.peft_config["default"].to_dict(),
+        )
+        if self.sharded and self._base and not self._joins:
             raise ConfigError(
-                "An adapter on top of an adapter cannot be shared out: merge the first (swirl export model) and start there."
+                f"The adapter in {self._base} is on other layers or of another kind than a new one would be, so both cannot be saved as one "
+                "where layers are shared out: merge it (swirl export model) and start there."
             )
         self._fresh = _fresh_adapter(self.model)
         self.kept: dict[str, Any] = {}
@@ -305,12 +311,19 @@ class Trainer:
         self._tell(whole)
 
     def save_model(self, folder: Path) -> None:
-        """Write the model (or its adapter) whole or not at all; checkpoints are no longer needed then."""
+        """Write the model (or its adapter) whole or not at all; checkpoints are no longer needed then. An adapter on top of another
+        becomes one with it, or is merged where that cannot be."""
         weights = self._weights()
+
+        def write(part: Path) -> None:
+            merge = self._base and not self._joins
+            model = copy.deepcopy(self.model).merge_and_unload() if merge else self.model
+            checkpoints.save_model(model, self.tokenizer, part, weights)
+            if self._joins:
+                checkpoints.join_adapters(self._base, part)  # type: ignore[arg-type]
+
         if self.main:
-            checkpoints.write_folder(
-                folder, lambda part: checkpoints.save_model(_portable(self.model), self.tokenizer, part, weights)
-            )
+            checkpoints.write_folder(folder, write)
             if self.folder:
                 shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -419,18 +432,6 @@ def _with_adapters(model, config: TrainerConfig, seed: int):
                 r=config.lora_rank, lora_alpha=config.lora_alpha or 2 * config.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
             ),
         )  # fmt: skip
-
-
-def _portable(model):
-    """What is saved of a trained model: an adapter alone only where it fits on a model that others can load, else all of it merged."""
-    return copy.deepcopy(model).merge_and_unload() if _stacked(model) else model
-
-
-def _stacked(model) -> bool:
-    """Whether a model has an adapter on top of a merged one."""
-    return (
-        hasattr(model, "peft_config") and (Path(model.get_base_model().name_or_path) / "adapter_config.json").exists()
-    )
 
 
 def _fresh_adapter(model) -> bool:

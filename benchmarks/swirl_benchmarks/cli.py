@@ -350,7 +350,7 @@ swirl COMMAND --help shows flags and an example. --quiet before the command: no 
 GROUPS: dict[str, dict[str, Callable]] = {
     "bench": BENCHES,
     "data": {"list": data_list, "fetch": data_fetch},
-    "export": {"model": steps.export_model, "rows": steps.export_rows},
+    "export": {"model": steps.export_model, "rows": steps.export_rows, "tasks": steps.export_tasks},
 }
 RESUMED = {
     "run",

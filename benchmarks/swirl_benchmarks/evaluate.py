@@ -14,7 +14,7 @@ from swirl_agents.scripted import SCRIPTED, make_scripted
 
 import swirl_env  # noqa: F401  registers the ids
 from swirl_benchmarks.metrics import Estimate, summary
-from swirl_env.client import PREFIX, make_endpoint
+from swirl_env.client import PREFIX, open_endpoint
 from swirl_env.env import ToolEnv
 from swirl_env.errors import ConfigError, SwirlError, UnknownNameError, near
 from swirl_env.io import write_text
@@ -70,14 +70,7 @@ def make_policy(name: str, env: gym.Env, *, temperature: float, max_new_tokens: 
     if name.partition(":")[0] in SCRIPTED:
         return make_scripted(name, base)
     if name.startswith((PREFIX, "{")):
-        settings = {"endpoint": name} if name.startswith(PREFIX) else _endpoint_settings(name)
-        common = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
-        try:
-            client = make_endpoint(settings.pop("endpoint"), **common | settings)
-        except TypeError as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(f"--model has a setting of a wrong type: {error}.") from error
+        client = open_endpoint(name, "--model", temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
         client.check()
         return EndpointPolicy(client, base.grammar)
     from swirl_agents.local import LocalPolicy
@@ -85,16 +78,6 @@ def make_policy(name: str, env: gym.Env, *, temperature: float, max_new_tokens: 
 
     model, tokenizer = load_model(name)
     return LocalPolicy(model, tokenizer, name=name, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
-
-
-def _endpoint_settings(text: str) -> dict[str, Any]:
-    try:
-        settings = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"--model begins like JSON, but is not JSON: {error}.") from None
-    if not isinstance(settings.get("endpoint"), str):
-        raise ConfigError('--model as JSON is like {"endpoint": "http://127.0.0.1:8000/v1", "extra": {"seed": null}}.')
-    return settings
 
 
 def choose(task_ids: list[str], n: int | None, seed: int) -> list[str]:

@@ -93,7 +93,7 @@ def run(config: RunConfig, folder: Path, console: Console, command: str = "") ->
     Raises:
         ConfigError: the folder holds a run with another config; the differences are named.
     """
-    started = time.monotonic()
+    times = _Times()
     _check(config)
     judge = open_judge(config.judge)
     train, test = maker(config, "train"), maker(config, "test")
@@ -108,7 +108,8 @@ def run(config: RunConfig, folder: Path, console: Console, command: str = "") ->
     shown, practised, unseen = parts(config, train_env, test_env)
     console.print(
         f"{config.env}, {config.model}: {len(shown)} questions for the warm start, {len(practised)} for stage 1, "
-        f"{len(unseen)} unseen for evaluation; run folder {folder}"
+        f"{len(unseen)} unseen for evaluation; run folder {folder}\n"
+        "stages: evaluate base, warm start, evaluate it, generate, judge, filter, swirl, evaluate it"
     )
     model = _Model(config)
     evaluations: dict[str, list[Trajectory]] = {}
@@ -120,6 +121,7 @@ def run(config: RunConfig, folder: Path, console: Console, command: str = "") ->
             batch_size=config.batch_size, name=f"evaluate {name}",
         )  # fmt: skip
         evaluations[name] = stages.judge(acted, judge, path, config.unknown_limit)
+        times.done(f"evaluate {name}")
 
     measure("base")
     if not complete(folder / WARM_START):
@@ -132,6 +134,7 @@ def run(config: RunConfig, folder: Path, console: Console, command: str = "") ->
             learn("sft", launch, config.sft)
         else:
             model.save(folder / WARM_START)
+    times.done("warm start")
     model.use(folder / WARM_START)
     measure("warm_start")
     if (folder / "training" / "swirl").exists():  # what is trained on stays, though its judge might tell more now
@@ -141,8 +144,10 @@ def run(config: RunConfig, folder: Path, console: Console, command: str = "") ->
             train, model.policy("warm_start", config.temperature), practised, folder / "trajectories.jsonl", samples=config.samples,
             seed=config.seed, batch_size=config.batch_size,
         )  # fmt: skip
+        times.done("generate")
         judged = stages.judge(sampled, judge, folder / "judged.jsonl", config.unknown_limit)
         kept = stages.filter_by(config.filter, judged, folder / "kept.jsonl")
+        times.done("judge and filter")
     console.print(
         f"stage 1: {len(kept.kept) + kept.dropped + kept.unknown} trajectories, {len(kept.kept)} kept by the {config.filter} filter, {kept.dropped} dropped, "
         f"{kept.unknown} unknown"
@@ -154,9 +159,10 @@ def run(config: RunConfig, folder: Path, console: Console, command: str = "") ->
     if not kept.kept:
         raise NothingKept(none_left(config.filter, kept, folder / "judged.jsonl"))
     learn("swirl", Launch(folder, seed=config.seed, trainer=config.trainer), config.swirl, lambda name: judge)
+    times.done("swirl")
     model.use(folder / "swirl")
     measure("swirl")
-    results = {"command": command, **_results(config, test(), evaluations, kept, time.monotonic() - started)}
+    results = {"command": command, **_results(config, test(), evaluations, kept, times.seconds)}
     if isinstance(judge, Cached):
         results["verdicts"] = {"asked": judge.misses, "cached": judge.hits, "hit_rate": judge.hit_rate}
     means = [
@@ -201,9 +207,23 @@ def show(results: dict[str, Any], console: Console) -> None:
             console.print(f"{name}, paired difference in {what}: {Estimate(**estimate).signed} ({clear})")
     if results.get("alarm"):
         console.print(results["alarm"])
+    spent = ", ".join(f"{name} {seconds:,.0f}" for name, seconds in results.get("stage_seconds", {}).items())
+    console.print(f"{results['seconds']:,.0f} s{f': {spent}' if spent else ''}", soft_wrap=True)
 
 
-def _results(config, env, evaluations, kept, seconds: float) -> dict[str, Any]:
+class _Times:
+    """Seconds of each stage of this process."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def done(self, stage: str) -> None:
+        now = time.monotonic()
+        self.seconds[stage], self._last = round(now - self._last, 1), now
+
+
+def _results(config, env, evaluations, kept, seconds: dict[str, float]) -> dict[str, Any]:
     def differences(before: str, after: str) -> dict[str, Any]:
         pair = evaluations[before], evaluations[after]
         return {
@@ -220,7 +240,8 @@ def _results(config, env, evaluations, kept, seconds: float) -> dict[str, Any]:
             "warm_start - base": differences("base", "warm_start"),
         },
         "stage_1": {"kept": len(kept.kept), "dropped": kept.dropped, "unknown": kept.unknown},
-        "seconds": round(seconds, 1),
+        "seconds": round(sum(seconds.values()), 1),
+        "stage_seconds": seconds,
         "versions": {name: version(name) for name in ("swirl-env", "torch", "transformers")},
         "python": platform.python_version(),
     }

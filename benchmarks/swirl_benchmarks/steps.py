@@ -148,17 +148,36 @@ def export_model(model: Annotated[str, tyro.conf.Positional], out: Annotated[Pat
 
 
 def export_rows(run: Run, out: Annotated[Path, tyro.conf.Positional], /, *, format: str = "prompt-completion") -> None:
-    """Write trajectories as rows for Hugging Face datasets, in TRL's formats.
+    """Write trajectories as rows for Hugging Face datasets, in the formats of TRL, verl or verifiers.
 
     Example: swirl export rows runs/steps steps.jsonl --format prompt-completion
 
     Args:
-        run: run folder, whose kept trajectories are taken (stepwise: all judged ones); or file of trajectories.
+        run: run folder, whose kept trajectories are taken (stepwise, verifiers: all judged ones); or file of trajectories.
         out: new file, .jsonl or .parquet (needs datasets).
         format: prompt-completion (a row a step), messages (a row a trajectory: messages with native tool calls, and tools), stepwise
-            (a row a trajectory: prompt, completions, and labels from the verdicts; those with an unknown one are left out).
+            (a row a trajectory: prompt, completions, and labels from the verdicts; those with an unknown one are left out), verl (a
+            row a question, to be played again), verifiers (a row a trajectory: its traces.jsonl, with tokens and rewards).
     """
     from swirl_benchmarks import export
 
     done = export.export_rows(run, out, format)
     console().print(f"{out}: {done.rows} rows of {done.source}; {done.left_out} trajectories left out", soft_wrap=True)
+
+
+def export_tasks(
+    env: Annotated[str, tyro.conf.Positional], out: Annotated[Path, tyro.conf.Positional], /, *, kwargs: str = "{}"
+) -> None:
+    """Write the questions of an environment as rows for verl: data_source, prompt, ability, reward_model, extra_info.
+
+    Example: swirl export tasks swirl/HotPotQA-v0 test.parquet --kwargs '{"split": "test"}'
+
+    Args:
+        env: environment id.
+        out: new file, .jsonl or .parquet (needs datasets).
+        kwargs: arguments of the environment as JSON.
+    """
+    from swirl_benchmarks import evaluate, export
+
+    count = export.export_tasks(env, out, evaluate.read_kwargs(kwargs))
+    console().print(f"{out}: {count} questions of {env}", soft_wrap=True)

@@ -34,8 +34,10 @@ try:
     from openenv.core.env_server.types import Action, ConcurrencyConfig, EnvironmentMetadata, Observation, State
     from openenv.core.generic_client import GenericEnvClient
     from websockets.exceptions import ConnectionClosed
-except ImportError as error:
-    raise ConfigError(f"OpenEnv needs the package openenv ({error}): pip install 'swirl-env[openenv]'.") from error
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "swirl_env.adapters.openenv needs openenv: pip install 'swirl-env[openenv]'.", name=error.name
+    ) from None
 
 STEP: TypeAdapter[Step] = TypeAdapter(Step)
 TASK: TypeAdapter[Task] = TypeAdapter(Task)

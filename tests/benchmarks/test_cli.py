@@ -167,7 +167,15 @@ def contents(folder):
     return stable, {name: results["policies"][name]["process"] for name in results["policies"]}
 
 
-def test_run_end_to_end_resumes_after_kill_and_refuses_another_config(tiny, tmp_path):
+@pytest.mark.parametrize(
+    "moments",
+    [
+        ["trajectories.jsonl"],
+        pytest.param(["eval/base.unjudged.jsonl", "training/swirl/candidates.jsonl"], marks=pytest.mark.slow),
+    ],
+    ids=["while acting", "before and after"],
+)
+def test_run_end_to_end_resumes_after_kill_and_refuses_another_config(moments, tiny, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = swirl(*RUN, "--model", tiny, "--out", whole, "--json", tmp_path / "r.json")
     assert "paired difference in process" in done.stdout
@@ -180,8 +188,7 @@ def test_run_end_to_end_resumes_after_kill_and_refuses_another_config(tiny, tmp_
     assert not train & test
     assert not train & {t.task.id for t in read(whole / "demonstrations.jsonl", Trajectory)}
 
-    # killed at three moments: while acting, after the warm start, while training; then run to the end
-    for moment in ("eval/base.unjudged.jsonl", "trajectories.jsonl", "training/swirl/candidates.jsonl"):
+    for moment in moments:
         process = subprocess.Popen([*map(str, [*SWIRL, *RUN, "--model", tiny, "--out", killed])], stderr=subprocess.DEVNULL,
                                    stdout=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
         deadline = time.monotonic() + 120

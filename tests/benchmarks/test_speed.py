@@ -102,6 +102,7 @@ def test_gpu_figures_on_a_small_model():
             speed_gpu.gpu_figures()
 
 
+@pytest.mark.slow
 def test_load_figures():
     figures = speed_load.load_figures(rounds=1, trajectories=3)
     assert [figure["what"] for figure in figures][0] == "import swirl_env"

@@ -16,7 +16,7 @@ from swirl_agents.scripted import Scripted, oracle
 from swirl_agents.testing_server import ChatServer
 from swirl_algos import stages
 from swirl_benchmarks import cli
-from swirl_benchmarks.export import FORMATS, messages, prompt_completion, stepwise
+from swirl_benchmarks.export import FORMATS, messages, prompt_completion, stepwise, verifiers, verl
 
 import swirl_env  # noqa: F401
 from swirl_env.io import read
@@ -162,6 +162,9 @@ def test_filter_prints_the_funnel_and_says_where_nothing_is_kept(swirl, tmp_path
         (["export", "rows", ".", "out.jsonl"], "There is no kept.jsonl in .. Filter first: swirl filter ."),
         (["export", "rows", "nowhere", "out.jsonl"], "There is no nowhere"),
         (["export", "rows", "gold.jsonl", "out.json"], "ends in .jsonl or .parquet"),
+        (["export", "rows", "gold.jsonl", "out.parquet", "--format", "verifiers"], "ends in .jsonl, got out.parquet"),
+        (["export", "tasks", "swirl/GSM8K-v0", "judged.jsonl"], "judged.jsonl exists already"),
+        (["export", "tasks", "swirl/GSM8K-v0", "out.jsonl", "--kwargs", '{"max_step": 3}'], "Did you mean 'max_steps'"),
         (["export", "rows", "gold.jsonl", "judged.jsonl"], "judged.jsonl exists already"),
         (["export", "rows", "gold.jsonl", "out.jsonl", "--format", "mesages"], "Did you mean 'messages'?"),
         (["export", "rows", "gold.jsonl", "out.jsonl", "--format", "stepwise"], "has a known verdict on every step"),
@@ -254,6 +257,44 @@ def test_rounds_go_on_where_they_stopped(left, swirl, trained, tmp_path):
     assert weights[0] == weights[1]
 
 
+def test_a_server_acts_in_further_rounds_with_the_adapter_of_the_one_before(swirl, trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    command = [
+        "train",
+        folder,
+        "--algo",
+        "swirl",
+        "--rounds",
+        3,
+        "--trainer.lora-rank",
+        2,
+        "--filter",
+        "none",
+        "--samples",
+        2,
+    ]
+    command += ["--max-new-tokens", 6, "--learning-rate", 1e-2, "--batch-size", 2, "--trainer.tracker", "none"]
+    given = {}
+
+    def reply(body):
+        at = Path(server.adapters[body["model"]])
+        given[body["model"]] = at.relative_to(folder), json.loads((at / "adapter_config.json").read_text())
+        return f"<answer>{len(given)}</answer>"
+
+    with ChatServer(reply, adapters=True) as server:
+        swirl(*command, "--server", f"endpoint:{server.url}")
+        assert server.adapters == {}
+    places = [Path("training", "swirl", f"round-{round}", "model") for round in (0, 1)]
+    assert [place for place, _ in given.values()] == places
+    # each is one adapter of the model that the server began with, of all rounds so far
+    assert [config["r"] for _, config in given.values()] == [2, 4]
+    assert len({config["base_model_name_or_path"] for _, config in given.values()}) == 1
+    for round, name in enumerate(given, 1):
+        acted = list(read(folder / "training" / "swirl" / f"round-{round}" / "trajectories.jsonl", Trajectory))
+        assert {one.policy for one in acted} == {f"endpoint:{name}"} and {one.answer for one in acted} == {str(round)}
+
+
 def test_tools_of_a_wrapper_are_missed_before_anything_is_trained(swirl, tiny, tmp_path):
     def population(city: str) -> str:
         """How many live there.
@@ -281,7 +322,11 @@ def test_tools_of_a_wrapper_are_missed_before_anything_is_trained(swirl, tiny, t
         ("swirl", ["--kl-target", 0.1, "--beta", 0], "kl_target adapts beta, which is 0"),
         ("swirl", ["--trainer.max-grad-norm", 0], "trainer.max_grad_norm must be above 0"),
         ("swirl", ["--kl", "reward", "--beta", 0], "there is no penalty"),
-        ("swirl", ["--rounds", 2, "--trainer.lora-rank", 2, "--trainer.shard"], "Several rounds with adapters"),
+        (
+            "swirl",
+            ["--rounds", 2, "--server", "endpoint:http://127.0.0.1:1/v1"],
+            "give --rounds and --trainer.lora-rank",
+        ),
         ("swirl", ["--clip", 0], "clip must be above 0"),
         ("reinforce", ["--discount", 2], "discount must lie in [0, 1]"),
         ("reinforce", ["--samples", 1, "--batch-size", 1], "an action needs another"),
@@ -446,6 +491,12 @@ def test_datasets_reads_the_rows(form, swirl, tmp_path):
     stages.rewrite(tmp_path / "kept.jsonl", some())
     stages.rewrite(tmp_path / "judged-x@1.jsonl", some())
     want = [row for one in some() for row in FORMATS[form](one)]
+    if form == "verl":
+        want = numbered(want[:2])
+    if form == "verifiers":
+        swirl("export", "rows", tmp_path, tmp_path / "traces.jsonl", "--format", form)
+        assert [json.loads(line) for line in (tmp_path / "traces.jsonl").read_text().splitlines()] == want
+        return
     for kind, loader in (("jsonl", "json"), ("parquet", "parquet")):
         out = tmp_path / f"rows.{kind}"
         swirl("export", "rows", tmp_path, out, "--format", form)
@@ -453,8 +504,62 @@ def test_datasets_reads_the_rows(form, swirl, tmp_path):
         assert list(found) == want
 
 
+def numbered(rows):
+    return [row | {"extra_info": row["extra_info"] | {"index": i}} for i, row in enumerate(rows)]
+
+
+def test_rows_for_verl(swirl, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    one = recorded("swirl/HotPotQA-v0")
+    [row] = verl(one)
+    assert row == {
+        "data_source": "searchR1_hotpotqa",
+        "prompt": [{"role": "user", "content": one.prompt[0].content}],
+        "ability": "qa",
+        "reward_model": {"style": "rule", "ground_truth": {"target": list(one.task.answers)}},
+        "extra_info": {
+            "split": "train", "index": 0, "task_id": one.task.id, "env": "swirl/HotPotQA-v0", "question": one.task.question,
+        },
+    }  # fmt: skip
+    said = swirl(
+        "export",
+        "tasks",
+        "swirl/HotPotQA-v0",
+        tmp_path / "test.parquet",
+        "--kwargs",
+        '{"split": "test", "max_steps": 3}',
+    )
+    assert "100 questions of swirl/HotPotQA-v0" in said
+    found = list(datasets.Dataset.from_parquet(str(tmp_path / "test.parquet"), cache_dir=str(tmp_path / "cache")))
+    assert set(found[0]) == set(row) and set(found[0]["extra_info"]) == set(row["extra_info"])
+    assert [row["extra_info"]["index"] for row in found] == list(range(100))
+    assert found[0]["extra_info"]["split"] == "test" and "at most 3." in found[0]["prompt"][0]["content"]
+    assert verl(recorded())[0]["ability"] == "math"
+
+
+def test_traces_by_hand():
+    one = recorded(texts=TEXTS)
+    [row] = verifiers(one)
+    [trace] = row["traces"]
+    said = [
+        (node["message"]["role"], node["message"]["content"], node.get("sampled", False)) for node in trace["nodes"]
+    ]
+    want = [("user", one.prompt[0].content, False)]
+    for step in one.steps:
+        want.append(("assistant", step.action.text, True))
+        if step.observation:
+            want.append(("user", step.observation, False))
+    assert said == want
+    assert [node["parent"] for node in trace["nodes"]] == [None, *range(len(want) - 1)]
+    scores = [step.verdict.score for step in one.steps]
+    assert trace["info"]["turn_rewards"] == scores
+    assert trace["rewards"]["process"]["score"] == sum(scores) / len(scores)
+    assert trace["rewards"]["outcome"] == {"score": one.outcome, "weight": 1.0}
+    assert trace["stop_condition"] == "answered" and trace["ok"] and row["ok"]
+
+
 @pytest.mark.slow  # runs where trl is: make test-slow
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", ["prompt-completion", "messages", "stepwise"])
 def test_trl_takes_the_rows(form):
     utils = pytest.importorskip("trl.data_utils")
     from swirl_agents.testing import tiny_tokenizer

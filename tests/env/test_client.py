@@ -148,14 +148,14 @@ def test_stop_strings_stay_in_the_text(heeds, names):
 @pytest.mark.parametrize(
     ("text", "choice", "expected"),
     [
-        ("<search>a", {"finish_reason": "stop"}, ("<search>a</search>", None, "stop")),
-        ("<search>a", {"finish_reason": "stop", "matched_stop": "</search>"}, ("<search>a</search>", None, "stop")),
-        ("<search>a", {"finish_reason": "stop", "matched_stop": 2}, ("<search>a", None, "eos")),
-        ("<search>a", {"finish_reason": "stop", "stop_reason": None}, ("<search>a", None, "eos")),
-        ("<search>a<answer>", {"finish_reason": "stop"}, ("<search>a<answer>", None, "eos")),
-        ("<search>a", {"finish_reason": "length"}, ("<search>a", None, "length")),
-        ("a", {"finish_reason": "stop"}, ("a", None, "eos")),
-        ("a</answer>b</search>", {"finish_reason": "length"}, ("a</answer>", None, "stop")),
+        ("<search>a", {"finish_reason": "stop"}, ("<search>a</search>", "stop")),
+        ("<search>a", {"finish_reason": "stop", "matched_stop": "</search>"}, ("<search>a</search>", "stop")),
+        ("<search>a", {"finish_reason": "stop", "matched_stop": 2}, ("<search>a", "eos")),
+        ("<search>a", {"finish_reason": "stop", "stop_reason": None}, ("<search>a", "eos")),
+        ("<search>a<answer>", {"finish_reason": "stop"}, ("<search>a<answer>", "eos")),
+        ("<search>a", {"finish_reason": "length"}, ("<search>a", "length")),
+        ("a", {"finish_reason": "stop"}, ("a", "eos")),
+        ("a</answer>b</search>", {"finish_reason": "length"}, ("a</answer>", "stop")),
     ],
 )
 def test_which_stop_string_was_hit(text, choice, expected):
@@ -168,6 +168,38 @@ def test_log_probs():
         assert first == {"GOOD": -0.25, "GOOD~": -0.5}
         assert list(second) == [" step", " step~"]
         assert only(ChatClient(server.url)([state()])).alternatives is None
+
+
+def test_sampled_tokens_where_the_server_tells():
+    asks = {"return_token_ids": True, "logprobs": True}  # as vLLM has it
+    with ChatServer("<search>a film</search>") as server:
+        tokens = only(ChatClient(server.url, extra=asks)([state()])).tokens
+        assert tokens.sampled.all() and tokens.ids.shape == (2,) and tokens.logprobs.tolist() == [-0.25, -0.25]
+        for fewer in ({}, {"return_token_ids": True}, {"logprobs": True}):
+            assert only(ChatClient(server.url, extra=fewer)([state()])).tokens is None
+    with ChatServer(lambda body: {"content": "x", "reasoning": "hm"} | {"token_ids": [1]}) as server:
+        assert only(ChatClient(server.url, extra=asks)([state()])).tokens is None
+
+
+def test_an_adapter_is_loaded_asked_and_forgotten(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with ChatServer(lambda body: body["model"], adapters=True) as server:
+        client = ChatClient(server.url)
+        tuned = client.load_adapter("round-1", str(tmp_path))
+        assert server.adapters == {"round-1": str(tmp_path)}
+        assert client.load_adapter("round-1", str(tmp_path)).name == tuned.name == "endpoint:round-1"
+        assert [only(one([state()])).text for one in (tuned, client)] == ["round-1", "test"]
+        assert (client.usage.calls, tuned.usage.calls) == (4, 1)
+        client.unload_adapter("round-1")
+        client.unload_adapter("round-1")
+        assert server.adapters == {}
+        assert "has no such model" in only(tuned([state()])).text
+        with pytest.raises(
+            ConfigError, match=r"did not load the adapter in /nowhere: .*No adapter found.*--enable-lora"
+        ):
+            client.load_adapter("round-2", "/nowhere")
+    with ChatServer() as server, pytest.raises(ConfigError, match="did not load the adapter.*RUNTIME_LORA_UPDATING"):
+        ChatClient(server.url).load_adapter("round-1", str(tmp_path))
 
 
 # -- many at once
