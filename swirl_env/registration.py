@@ -14,6 +14,8 @@ ENVS = {
     "swirl/Tasks-v0": {"tasks": "own", "tools": ["search", "calculator"], "max_steps": 10},
 }
 """id -> what the id fixes; step limits as in the paper (section 2.1)."""
+REMOTE = "swirl/OpenEnv-v0"
+"""The environment that an OpenEnv server plays, at `url`."""
 
 
 def register_all() -> None:
@@ -26,6 +28,8 @@ def register_all() -> None:
                 vector_entry_point="swirl_env.registration:make_vector",
                 kwargs=kwargs,
             )
+    if REMOTE not in gym.registry:
+        gym.register(REMOTE, entry_point="swirl_env.adapters.openenv:RemoteEnv")
 
 
 def make_vector(num_envs: int = 1, *, autoreset_mode: str = "NextStep", **kwargs: Any) -> gym.vector.VectorEnv:

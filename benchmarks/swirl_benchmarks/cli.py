@@ -206,6 +206,38 @@ def view(runs: Annotated[tuple[Path, ...], tyro.conf.Positional], /, *, port: in
     serve(runs, port, open)
 
 
+def serve(
+    env: Env, /, *, kwargs: str = "{}", host: str = "127.0.0.1", port: int = 8000, max_sessions: int = 64, idle: float = 600.0,
+    token_env: str = "SWIRL_SERVE_TOKEN",
+) -> None:  # fmt: skip
+    """Serve an environment over HTTP and WebSocket, in OpenEnv's protocol.
+
+    Example: swirl serve swirl/GSM8K-v0
+
+    Args:
+        env: environment id.
+        kwargs: arguments of the environment as JSON. Clients choose a seed and a task, nothing else.
+        host: address to listen on; any other than this machine's own needs a token.
+        port: 0: a free one.
+        max_sessions: sessions at once, each with an environment of its own.
+        idle: seconds without a message after which a session ends.
+        token_env: environment variable with the token that clients must send (Authorization: Bearer TOKEN); not set: none.
+    """
+    if max_sessions < 1 or not idle > 0:
+        raise ConfigError(f"--max-sessions must be at least 1 and --idle above 0, got {max_sessions} and {idle:g}.")
+    import openenv  # noqa: F401  # brings uvicorn, so its lack is told first
+
+    from swirl_benchmarks import evaluate
+    from swirl_benchmarks.serve import read_token
+    from swirl_benchmarks.serve import serve as serve_at
+
+    settings = evaluate.read_kwargs(kwargs)
+    serve_at(
+        lambda: evaluate.make(env, **settings), env, host=host, port=port, max_sessions=max_sessions, idle=idle,
+        token=read_token(token_env),
+    )  # fmt: skip
+
+
 def envs() -> None:
     """List the environments: tasks, tools, step limits."""
     from rich.table import Table
@@ -296,6 +328,7 @@ EXTRAS = dict.fromkeys(("torch", "transformers", "accelerate", "safetensors", "g
     "datasets": "export",
     "starlette": "view",
     "uvicorn": "view",
+    "openenv": "openenv",
 }
 """Packages that only some commands need, and the extra that brings them."""
 COMMANDS: dict[str, Callable] = {
@@ -312,8 +345,9 @@ COMMANDS: dict[str, Callable] = {
     "export": export,
     "report": report,
     "view": view,
+    "serve": serve,
 }
-"""By a user's way: try, measure, train, look."""
+"""By a user's way: try, measure, train, look, share."""
 ABOUT = """Questions over several steps, with tools, for language models: act, measure, train by step-wise RL, look at it.
 
 Try:      swirl envs, then swirl play swirl/GSM8K-v0 (no model is needed)
@@ -323,6 +357,8 @@ Measure:  swirl eval swirl/HotPotQA-v0 --model oracle; swirl bench smoke --model
 Train:    swirl run swirl/GSM8K-v0 --tasks 32; or its stages: generate, judge, filter, train
 
 Look:     swirl report runs/*, swirl view runs/*
+
+Share:    swirl serve swirl/GSM8K-v0 (any environment, in OpenEnv's protocol)
 
 swirl COMMAND --help shows flags and an example. --quiet before the command: no bars, no tables, errors only.
 """

@@ -11,7 +11,8 @@ def run(code):
 
 
 @pytest.mark.parametrize(
-    ("adapter", "package", "extra"), [("verifiers", "verifiers", "verifiers"), ("skyrl", "skyrl_gym", "skyrl")]
+    ("adapter", "package", "extra"),
+    [("verifiers", "verifiers", "verifiers"), ("skyrl", "skyrl_gym", "skyrl"), ("openenv", "openenv", "openenv")],
 )
 def test_a_missing_package_is_named_with_its_extra(adapter, package, extra):
     done = run(f"import sys; sys.modules[{package!r}] = None; import swirl_env.adapters.{adapter}")

@@ -1,9 +1,7 @@
 """The viewer's server: uvicorn on a socket of 127.0.0.1, until Ctrl-C."""
 
 import contextlib
-import errno
 import os
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +9,9 @@ from pathlib import Path
 import uvicorn
 from tqdm import tqdm
 
+from swirl_benchmarks.sockets import listen
 from swirl_benchmarks.viewer.index import Index, files_of
 from swirl_benchmarks.viewer.pages import make_app
-from swirl_env.errors import ConfigError
 
 HOST = "127.0.0.1"
 
@@ -29,7 +27,7 @@ def serve(runs: Sequence[Path], port: int = 0, open_browser: bool = False) -> No
     Raises:
         ConfigError: there is nothing to show, or the port is in use.
     """
-    with _listen(port) as listener:
+    with listen(HOST, port) as listener:
         size = sum(path.stat().st_size for run in runs if run.exists() for path in files_of(run) if path.is_file())
         with tqdm(
             total=size,
@@ -56,16 +54,3 @@ def serve(runs: Sequence[Path], port: int = 0, open_browser: bool = False) -> No
         config = uvicorn.Config(make_app(index), log_level="warning", access_log=False, timeout_graceful_shutdown=1)
         with contextlib.suppress(KeyboardInterrupt):  # raised again by uvicorn when it has ended
             uvicorn.Server(config).run(sockets=[listener])
-
-
-def _listen(port: int) -> socket.socket:
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((HOST, port))
-        listener.listen(128)
-    except (OSError, OverflowError) as error:
-        listener.close()
-        reason = "is in use" if getattr(error, "errno", 0) == errno.EADDRINUSE else f"cannot be opened ({error})"
-        raise ConfigError(f"Port {port} of {HOST} {reason}. Give another --port, or none for a free one.") from None
-    return listener
