@@ -3,14 +3,14 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from swirl_benchmarks import evaluate
 from swirl_benchmarks.ledger import LedgerConfig
 from swirl_benchmarks.terminal import console
-from swirl_env.errors import ConfigError, SwirlError
+from swirl_env.errors import ConfigError, SwirlError, UnknownNameError, near
 
 SPEEDS = ("update", "fork", "rollout", "env", "search", "judge", "load")
 
@@ -200,6 +200,34 @@ def ledger(
         evaluate.write_json(json, report)
 
 
+def scale(*, only: str = "cluster,wall,memory", json: str | None = None, small: bool = False) -> None:
+    """A Ray cluster beside one node, deaths midway, and many requests in flight, on this machine (6 minutes).
+
+    Example: swirl bench scale --only wall
+
+    Args:
+        only: which, of cluster (needs ray), wall and memory, joined by commas.
+        json: file for the figures.
+        small: few episodes, to see that it runs.
+    """
+    from swirl_benchmarks import scale as suite
+
+    evaluate.check_target(json)
+    known: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+        "cluster": (suite.cluster_figures, {"episodes": 30, "nodes": 2}),
+        "wall": (suite.wall_figures, {"episodes": 32, "flying": 16, "seconds": 0.2}),
+        "memory": (suite.memory_figures, {"episodes": 100}),
+    }
+    chosen = only.split(",")
+    for name in chosen:
+        if name not in known:
+            raise UnknownNameError(f"No part of the scale is called {name!r}.{near(name, known)}")
+    report = {name: figures(**(short if small else {})) for name in chosen for figures, short in [known[name]]}
+    suite.print_scale(report, console())
+    if json:
+        evaluate.write_json(json, report)
+
+
 def _suite(name: str, about: str, example: str) -> Callable[..., None]:
     def command(
         *, model: tyro.conf.UseAppendAction[tuple[str, ...]] = (), out: Path | None = None, data: Path | None = None,
@@ -245,6 +273,7 @@ BENCHES: dict[str, Callable] = {
         "transfer", "Trained on one set, evaluated on the others.", "--model smollm2-135m --model runs/demo/swirl"
     ),
     "speed": speed,
+    "scale": scale,
     "retrieval": retrieval,
     "judges": judges,
     "learn": learn,

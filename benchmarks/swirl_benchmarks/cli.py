@@ -329,6 +329,8 @@ EXTRAS = dict.fromkeys(("torch", "transformers", "accelerate", "safetensors", "g
     "starlette": "view",
     "uvicorn": "view",
     "openenv": "openenv",
+    "psutil": "train",
+    "ray": "ray",
 }
 """Packages that only some commands need, and the extra that brings them."""
 COMMANDS: dict[str, Callable] = {
