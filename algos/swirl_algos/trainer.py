@@ -111,6 +111,12 @@ class Trainer:
                 f"The adapter in {self._base} is on other layers or of another kind than a new one would be, so both cannot be saved as one "
                 "where layers are shared out: merge it (swirl export model) and start there."
             )
+        self._layers = [one for one in self.model.modules() if isinstance(one, GradientCheckpointingLayer)]
+        if config.gradient_checkpointing and not self._layers:
+            raise ConfigError(
+                f"The layers of {type(self.model).__name__} cannot be computed again (they are no GradientCheckpointingLayer of transformers): "
+                "leave out gradient_checkpointing, and lower row_tokens where memory is short."
+            )
         self._fresh = _fresh_adapter(self.model)
         self.kept: dict[str, Any] = {}
         """What an algorithm wants to find again after a restart, as JSON."""
@@ -174,8 +180,7 @@ class Trainer:
     @contextmanager
     def checkpointing(self) -> Iterator[None]:
         """Layers compute their activations again on the way back, if that is configured, whatever mode the model is in."""
-        layers = [one for one in self.model.modules() if isinstance(one, GradientCheckpointingLayer)]
-        layers = layers if self.config.gradient_checkpointing else []
+        layers = self._layers if self.config.gradient_checkpointing else []
         for layer in layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         try:

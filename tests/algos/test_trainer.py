@@ -383,6 +383,10 @@ def test_an_adapter_on_top_of_an_adapter_is_saved_with_what_it_stands_on(plain, 
 def test_settings_that_cannot_work_are_told():
     with pytest.raises(ConfigError, match="tracker is tensorboard, wandb, trackio"):
         Trainer(tiny_model(TOKENIZER), TOKENIZER, TrainerConfig(tracker="tensorbord"), folder="x")
+    model = tiny_model(TOKENIZER)
+    model.model.layers = torch.nn.ModuleList()
+    with pytest.raises(ConfigError, match="layers of LlamaForCausalLM cannot be computed again"):
+        Trainer(model, TOKENIZER, TrainerConfig(gradient_checkpointing=True))
 
 
 # -- online
