@@ -11,6 +11,7 @@ import os
 import queue
 import re
 import socket
+import sys
 import threading
 import time
 import warnings
@@ -59,14 +60,30 @@ class _Inbox:
 
 
 class Worker:
-    """What runs in an actor: `exchange` new items for what is done."""
+    """What runs in an actor: `exchange` new items for what is done.
 
-    def __init__(self, make: Callable[[], Work]):
+    Args:
+        make: makes what it does.
+        folder: where to do it, if this machine has it: that of the process that asks.
+        variables: of the environment, which it has there.
+    """
+
+    def __init__(self, make: Callable[[], Work], folder: str = ".", variables: Mapping[str, str] | None = None):
+        os.environ.update(variables or {})
+        if os.path.isdir(folder):
+            os.chdir(folder)
+            sys.path.insert(0, os.getcwd())
         self._inbox, self._done = _Inbox(), queue.SimpleQueue[Trajectory | Exception]()
+        self._said: list[str] = []
         threading.Thread(target=self._run, args=(make,), daemon=True).start()
 
-    def exchange(self, items: list[Any]) -> list[Trajectory]:
-        """Take up the items; returns what is done by now, after `WAIT_SECONDS` at most if that is nothing."""
+    def exchange(self, items: list[Any]) -> tuple[list[Trajectory], list[str]]:
+        """Take up the items; returns what is done by now, after `WAIT_SECONDS` at most if that is nothing, and the warnings since."""
+        found, said = self._exchange(items), self._said
+        self._said = []
+        return found, said
+
+    def _exchange(self, items: list[Any]) -> list[Trajectory]:
         for item in items:
             self._inbox.put(item)
         found: list[Trajectory] = []
@@ -80,6 +97,8 @@ class Worker:
             return found
 
     def _run(self, make: Callable[[], Work]) -> None:
+        warnings.simplefilter("always", RuntimeWarning)
+        warnings.showwarning = lambda message, *_, **__: self._said.append(str(message))
         try:
             work = make()
             while True:
@@ -161,15 +180,18 @@ class _Fleet:
         self.lost: dict[Hashable, int] = {}
         self.deaths = 0  # since something was done
         self.given_up: dict[Hashable, str] = {}
-        self._actor = ray.remote(Worker).options(num_cpus=1, num_gpus=gpus, max_restarts=0)
-        self._make = ray.put(make)
+        self._actor = ray.remote(Worker).options(
+            num_cpus=1, num_gpus=gpus, max_restarts=0, scheduling_strategy="SPREAD"
+        )
+        settings = {name: value for name, value in os.environ.items() if re.match(r"SWIRL_|OPENAI_API_KEY$", name)}
+        self._arguments = ray.put(make), os.getcwd(), settings
         self._held: dict[Any, set[Hashable]] = {}
         self._calls: dict[Any, Any] = {}  # the call under way -> its actor
         self._ready: set[Any] = set()
 
     def begin(self) -> None:
         """One more worker. It gets work when it has answered: one that no node has room for holds none."""
-        actor = self._actor.remote(self._make)
+        actor = self._actor.remote(*self._arguments)
         self._held[actor] = set()
         self._calls[actor.exchange.remote([])] = actor
 
@@ -189,12 +211,14 @@ class _Fleet:
             for call in calls:
                 actor = self._calls.pop(call)
                 try:
-                    done = self.ray.get(call)
-                except self.ray.exceptions.RayTaskError as error:
-                    raise _told(error) from None
+                    done, said = self.ray.get(call)
                 except self.ray.exceptions.RayError as error:
+                    if (told := _told(error)) is not None:
+                        raise told from None
                     self._bury(actor, error)
                     continue
+                for text in said:
+                    warnings.warn(text, RuntimeWarning, stacklevel=2)
                 self._ready.add(actor)
                 held = self._held[actor]
                 for one in done:
@@ -202,7 +226,7 @@ class _Fleet:
                         held.remove(one.key)
                         self.deaths = 0
                         yield one
-                more = [self.waiting.popleft() for _ in range(min(room - len(held), len(self.waiting)))]
+                more = self._next(held, room)
                 held.update(more)
                 self._calls[actor.exchange.remote([self.items[key] for key in more])] = actor
         if self.given_up:
@@ -211,6 +235,18 @@ class _Fleet:
                 f"{len(self.given_up)} of {len(self.items)} pieces of work were lost with {LIVES} workers each, {key} for one. Ray says: "
                 f"{reason} The others are kept; give the command again, with a smaller --batch-size if memory ran out."
             )
+
+    def _next(self, held: set[Hashable], room: int) -> list[Hashable]:
+        """What a worker that holds so much gets. Its last life an item spends alone, as it may be what kills them."""
+        last = [key for key in held if self.lost.get(key) == LIVES - 1]
+        more: list[Hashable] = []
+        while self.waiting and not last and len(held) + len(more) < room:
+            if self.lost.get(self.waiting[0]) == LIVES - 1:
+                if held or more:
+                    break
+                last.append(self.waiting[0])
+            more.append(self.waiting.popleft())
+        return more
 
     def _bury(self, actor: Any, error: Exception) -> None:
         reason, self.deaths = " ".join(str(error).split())[:500], self.deaths + 1
@@ -221,6 +257,7 @@ class _Fleet:
             )
         held = self._held.pop(actor)
         self._ready.discard(actor)
+        self.ray.kill(actor)  # one that ran out of memory may still be there
         for key in held:
             self.lost[key] = self.lost.get(key, 0) + 1
             if self.lost[key] < LIVES:
@@ -239,9 +276,9 @@ class _Fleet:
             self.ray.kill(actor)
 
 
-def _told(error: Any) -> Exception:
-    """What a worker raised, as it would be raised here."""
+def _told(error: Any) -> Exception | None:
+    """What a worker raised, as it would be raised here; `None` if it died, or ran out of memory."""
     cause = getattr(error, "cause", None)
-    if isinstance(cause, SwirlError):
-        return cause
-    return SwirlError(f"A worker failed: {type(cause or error).__name__}: {cause or error}")
+    if cause is None or isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
+        return None
+    return cause if isinstance(cause, SwirlError) else SwirlError(f"A worker failed: {type(cause).__name__}: {cause}")

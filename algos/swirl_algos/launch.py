@@ -6,6 +6,7 @@ RUN/training/NAME: its settings, `metrics.jsonl`, `candidates.jsonl`, checkpoint
 stop.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -138,6 +139,7 @@ def train(algorithm: str, launch: Launch, config: Any, open_judge: Callable[[str
         assert judge is not None
         _rounds(launch, config, trajectories, judge, start, place, target)
         return target
+    gc.collect()  # trainers before this one: model, optimiser and accelerator know each other, gigabytes that nobody else holds
     with _Progress(name) as log:
         trainer = _trainer(start, launch, place, log)
         if algorithm == "sft":
@@ -242,6 +244,7 @@ def _rounds(
         last = round == config.rounds - 1
         here = target if last else place / f"round-{round}" / "model"
         if not complete(here):
+            gc.collect()
             with _Progress(name if config.rounds == 1 else f"{name}, round {round}") as log:
                 trainer = _trainer(start, launch, place if config.rounds == 1 else place / f"round-{round}", log)
                 states = trajectories

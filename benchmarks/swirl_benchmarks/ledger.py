@@ -7,6 +7,7 @@ named, so what is learned on one and helps on another is seen too. What cannot b
 are all alike) stands in the table with its reason. Everything is skipped where it is done already: the same command goes on.
 """
 
+import gc
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -135,6 +136,7 @@ def _try(algorithm: str, launch: Launch, config: Any) -> str:
     why_not = folder / "training" / str(launch.name) / "nothing-to-learn.txt"
     if why_not.exists():
         return why_not.read_text(encoding="utf-8")
+    gc.collect()  # the model of the evaluation before: policies and their engines know each other
     try:
         learn(algorithm, launch, config)
     except NothingKept as error:
@@ -176,6 +178,7 @@ def _measure(config: RunConfig, folder: Path, name: str) -> tuple[list[Trajector
             model, tokenizer, name=name, temperature=config.eval_temperature, max_new_tokens=config.swirl.max_new_tokens, seed=config.seed
         )  # fmt: skip
 
+    gc.collect()
     there = {one.task.id: one for one in read(acted_file, Trajectory)}
     if there.keys() >= set(unseen):  # no model need be loaded
         acted = [there[task_id] for task_id in unseen]
