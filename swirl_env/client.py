@@ -330,8 +330,10 @@ class ChatClient:
             if reason == "content_filter":
                 found.append(Completion(f"{self.url} withheld the reply (content filter).", None, "error"))
             elif text:
-                text, finish = _ended(text, stop, choice)
-                found.append(Completion(text, _tokens(choice), finish, _alternatives(choice)))
+                ended, finish = _ended(text, stop, choice)
+                # what is cut off here was sampled, but not acted on
+                tokens = _tokens(choice) if ended.startswith(text) else None
+                found.append(Completion(ended, tokens, finish, _alternatives(choice)))
             else:
                 spent |= reason == "length"
                 thought |= bool(message.get("reasoning_content") or message.get("reasoning"))

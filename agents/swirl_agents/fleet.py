@@ -91,7 +91,10 @@ class Worker:
             while True:
                 one = self._done.get(timeout=0 if found else WAIT_SECONDS)
                 if isinstance(one, Exception):
-                    raise one
+                    if not found:
+                        raise one
+                    self._done.put(one)  # next time, when what came before it is told
+                    return found
                 found.append(one)
         except queue.Empty:
             return found
@@ -107,6 +110,8 @@ class Worker:
                     self._done.put(trajectory)
         except Exception as error:
             self._done.put(error)
+        except BaseException as error:  # a tool that exits, say: nobody would learn of it in a thread
+            self._done.put(SwirlError(f"{type(error).__name__}: {error}"))
 
 
 @contextmanager
@@ -129,7 +134,7 @@ def cluster(address: str, workers: int) -> Iterator[Any]:
         if found := re.fullmatch(r"(?:ray://)?(.+):(\d+)", address):  # Ray would try for many minutes
             socket.create_connection((found[1].strip("[]"), int(found[2])), CONNECT_SECONDS).close()
         if address == "local":
-            ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, configure_logging=False)
+            ray.init("local", num_cpus=workers, include_dashboard=False, log_to_driver=False, configure_logging=False)
         else:
             ray.init(address, log_to_driver=False, configure_logging=False)
     except Exception as error:  # ConnectionError, ValueError, RuntimeError: Ray raises what it likes
@@ -208,14 +213,15 @@ class _Fleet:
                     f"No worker could begin for {START_SECONDS:.0f} s: the cluster has {self.ray.cluster_resources()}, and each worker asks for "
                     "one CPU and its --gpus. What was made is kept; give the command again when there is room."
                 )
+            raised: Exception | None = None
             for call in calls:
                 actor = self._calls.pop(call)
                 try:
                     done, said = self.ray.get(call)
                 except self.ray.exceptions.RayError as error:
-                    if (told := _told(error)) is not None:
-                        raise told from None
-                    self._bury(actor, error)
+                    if (told := _told(error)) is None:
+                        self._bury(actor, error)
+                    raised = raised or told  # when what the others have is kept
                     continue
                 for text in said:
                     warnings.warn(text, RuntimeWarning, stacklevel=2)
@@ -229,6 +235,8 @@ class _Fleet:
                 more = self._next(held, room)
                 held.update(more)
                 self._calls[actor.exchange.remote([self.items[key] for key in more])] = actor
+            if raised is not None:
+                raise raised from None
         if self.given_up:
             key, reason = next(iter(self.given_up.items()))
             raise SwirlError(

@@ -91,18 +91,26 @@ def base_adapter(model) -> Path | None:
 
 
 def joins(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    """Whether two adapters, by their configs, can be written as one: plain LoRA on the same layers."""
-    odd = (
-        "use_rslora",
-        "use_dora",
-        "rank_pattern",
-        "alpha_pattern",
-        "modules_to_save",
-        "layers_to_transform",
-        "target_parameters",
-    )
+    """Whether two adapters, by their configs, can be written as one: plain LoRA on the same layers, with nothing that peft's `LoraConfig`
+    has not by itself."""
+    from peft import LoraConfig
+
+    free = {
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "base_model_name_or_path",
+        "task_type",
+        "inference_mode",
+        "revision",
+    }
+    free |= {"auto_mapping", "peft_version", "init_lora_weights", "peft_type"}
+    plain = LoraConfig().to_dict()
     return set(first["target_modules"]) == set(second["target_modules"]) and all(
-        str(one.get("peft_type")).endswith("LORA") and one.get("bias", "none") == "none" and not any(map(one.get, odd))
+        getattr(one["peft_type"], "value", one["peft_type"]) == "LORA"
+        and one.get("init_lora_weights", True) in (True, False, "gaussian")
+        and all(not value or value == plain.get(name) for name, value in one.items() if name not in free)
         for one in (first, second)
     )
 

@@ -247,6 +247,11 @@ def _rounds(
             gc.collect()
             with _Progress(name if config.rounds == 1 else f"{name}, round {round}") as log:
                 trainer = _trainer(start, launch, place if config.rounds == 1 else place / f"round-{round}", log)
+                if launch.server and not trainer.joins:
+                    raise ConfigError(
+                        f"A server cannot be given what is trained on {start}: its adapter is on other layers, or of another kind, than a new "
+                        "one, so they cannot become one. Merge it (swirl export model), serve the result, and start there."
+                    )
                 states = trajectories
                 if config.beta:
                     trainer.reference  # noqa: B018  the checkpoint of this round's start, before anything acts
@@ -281,9 +286,12 @@ def _served(trainer: Any, launch: Launch, config: SwirlConfig, grammar: Grammar,
     )
     weights = (Path(adapter) / "adapter_model.safetensors").read_bytes()
     name = f"{launch.name or 'swirl'}-{sha256(weights).hexdigest()[:8]}"  # other weights never meet the server's cache of these
-    yield EndpointPolicy(client.load_adapter(name, str(Path(adapter).resolve())), grammar)
-    trainer.accelerator.wait_for_everyone()
-    client.unload_adapter(name)
+    policy = EndpointPolicy(client.load_adapter(name, str(Path(adapter).resolve())), grammar)
+    try:
+        yield policy
+        trainer.accelerator.wait_for_everyone()
+    finally:
+        client.unload_adapter(name)
 
 
 def _again(

@@ -158,7 +158,7 @@ def judge(
                 len(trajectories), f"judge ({judge.name})", "trajectory", len(trajectories) - len(missing), 1
             ) as progress,
         ):
-            for judged in verdicts(judge, missing) if work is None else work(missing):
+            for judged in verdicts(judge, missing) if work is None or not missing else work(missing):
                 out.write(judged)
                 done[judged.key] = judged
                 progress.update()

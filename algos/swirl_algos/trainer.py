@@ -102,11 +102,12 @@ class Trainer:
         # layers go to their cards when they are shared out: until then a model that no card holds stays where it is
         self.model = _with_adapters(model if self.sharded else model.to(self.accelerator.device), config, seed)
         self._base = checkpoints.base_adapter(self.model)
-        self._joins = self._base is not None and checkpoints.joins(
+        self.joins = self._base is None or checkpoints.joins(
             json.loads((self._base / checkpoints.ADAPTER_CONFIG).read_text(encoding="utf-8")),
             self.model.peft_config["default"].to_dict(),
         )
-        if self.sharded and self._base and not self._joins:
+        """Whether a model with adapters is saved as one adapter, whatever it stands on."""
+        if self.sharded and not self.joins:
             raise ConfigError(
                 f"The adapter in {self._base} is on other layers or of another kind than a new one would be, so both cannot be saved as one "
                 "where layers are shared out: merge it (swirl export model) and start there."
@@ -321,11 +322,10 @@ class Trainer:
         weights = self._weights()
 
         def write(part: Path) -> None:
-            merge = self._base and not self._joins
-            model = copy.deepcopy(self.model).merge_and_unload() if merge else self.model
+            model = self.model if self.joins else copy.deepcopy(self.model).merge_and_unload()
             checkpoints.save_model(model, self.tokenizer, part, weights)
-            if self._joins:
-                checkpoints.join_adapters(self._base, part)  # type: ignore[arg-type]
+            if self._base and self.joins:
+                checkpoints.join_adapters(self._base, part)
 
         if self.main:
             checkpoints.write_folder(folder, write)

@@ -147,6 +147,7 @@ def judge(
 
     if not 1 <= len(judge) <= 2:
         raise ConfigError(f"Give --judge once or twice, such as --judge rules; got {len(judge)}.")
+    steps.check_fleet(ray, workers, gpus)
     evaluate.check_target(json)
 
     def on_ray(name, trajectories):

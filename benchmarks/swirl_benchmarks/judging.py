@@ -70,7 +70,7 @@ def rejudge(
         before = (judge.hits, judge.misses) if isinstance(judge, Cached) else (0, 0)
         judged.append(stages.judge(recorded, judge, path, unknown_limit, work))
         report[judge.name] = _figures(judged[-1])
-        if isinstance(judge, Cached):
+        if isinstance(judge, Cached) and work is None:  # elsewhere each worker has its own count
             report[judge.name] |= {"asked": judge.misses - before[1], "cached": judge.hits - before[0]}
     result: dict[str, Any] = {"trajectories": len(recorded), "judges": report}
     if len(judges) == 2:

@@ -49,21 +49,13 @@ def generate(
 
     from swirl_benchmarks import evaluate
 
-    least = {
-        "tasks": 1,
-        "samples": 1,
-        "max_new_tokens": 1,
-        "batch_size": 1,
-        "seed": 0,
-        "temperature": 0,
-        "workers": 1,
-        "gpus": 0,
-    }
+    least = {"tasks": 1, "samples": 1, "max_new_tokens": 1, "batch_size": 1, "seed": 0, "temperature": 0}
     given = {"tasks": tasks, "samples": samples, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed,
-             "temperature": temperature, "workers": workers, "gpus": gpus}  # fmt: skip
+             "temperature": temperature}  # fmt: skip
     for name, value in given.items():
         if value is not None and value < least[name]:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least[name]}, got {value}.")
+    check_fleet(ray, workers, gpus)
     # judged afterwards: the same verdicts, and a run can be judged again without acting again
     fixed = {"split": split, "path": path, "malformed_limit": malformed_limit, "judge": None, "reward": "outcome"}
     settings = evaluate.read_kwargs(kwargs, (*fixed, "max_steps")) | fixed
@@ -101,6 +93,14 @@ def generate(
         raise SwirlError(
             f"{failed} of {len(jobs)} episodes ended by an error, told above. Mend it and give the command again: they are made anew."
         )
+
+
+def check_fleet(ray: str | None, workers: int, gpus: float) -> None:
+    """Raises `ConfigError` for what no fleet can be."""
+    if workers < 1 or gpus < 0:
+        raise ConfigError(f"--workers must be at least 1 and --gpus at least 0, got {workers} and {gpus:g}.")
+    if ray is None and (workers > 1 or gpus):
+        raise ConfigError("--workers and --gpus are of a Ray cluster: say which with --ray, such as --ray local.")
 
 
 def filter_(run: Run, /, *, by: str = "process") -> None:

@@ -24,6 +24,7 @@ from pydantic import Field, TypeAdapter
 from swirl_env.errors import ConfigError, SwirlError, UnknownNameError
 from swirl_env.registration import REMOTE
 from swirl_env.spaces import Unicode
+from swirl_env.transport import without_credentials
 from swirl_env.types import EnvRecord, Message, Step, Task, Transcript
 
 try:
@@ -326,7 +327,7 @@ class RemoteEnv(gym.Env[str, str], EzPickle):
         EzPickle.__init__(self, url, action=action, observation=observation, token_env=token_env, timeout=timeout)
         self.observation_space, self.action_space = Unicode(), Unicode()
         self.url, self.timeout = url.rstrip("/"), timeout
-        self._kwargs = {"url": url} | ({} if token_env is None else {"token_env": token_env})
+        self._kwargs = {"url": without_credentials(url)} | ({} if token_env is None else {"token_env": token_env})
         self._headers = {} if token_env is None else {"Authorization": f"Bearer {_token(token_env)}"}
         self.task_set = RemoteTasks(self._get)
         schema = self._get("schema")

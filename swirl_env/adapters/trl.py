@@ -115,6 +115,10 @@ def process(completions: Sequence[Any], environments: Sequence[Any], **_: Any) -
 
 def step_rewards(environments: Sequence[Any]) -> list[list[float | None]]:
     """The reward of each step of the rollouts that `outcome` or `process` was asked about last; `None` is unknown."""
+    if any(getattr(env, "_played", None) is None for env in environments):
+        raise ConfigError(
+            "No reward was asked for yet: give the trainer reward_funcs=spec.reward_funcs, and environments of this spec alone."
+        )
     return [list(env._played.rewards) for env in environments]
 
 

@@ -380,6 +380,18 @@ def test_an_adapter_on_top_of_an_adapter_is_saved_with_what_it_stands_on(plain, 
         assert not torch.allclose(load_model(str(tmp_path / "first"))[0](ids).logits, whole, atol=1e-3)
 
 
+def test_only_plain_adapters_become_one():
+    peft = pytest.importorskip("peft")
+    plain = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM").to_dict()
+    assert checkpoints.joins(
+        plain, plain | {"r": 8, "peft_type": "LORA", "lora_dropout": 0.1, "init_lora_weights": "gaussian"}
+    )
+    for other in ({"init_lora_weights": "pissa"}, {"peft_type": "ADALORA"}, {"lora_bias": True}, {"use_dora": True}, {"bias": "all"},
+                  {"target_modules": ["q_proj", "v_proj"]}, {"layer_replication": [[0, 1]]}, {"exclude_modules": ["v_proj"]},
+                  {"alpha_pattern": {"q_proj": 1}}, {"modules_to_save": ["lm_head"]}):  # fmt: skip
+        assert not checkpoints.joins(plain | other, plain), other
+
+
 def test_settings_that_cannot_work_are_told():
     with pytest.raises(ConfigError, match="tracker is tensorboard, wandb, trackio"):
         Trainer(tiny_model(TOKENIZER), TOKENIZER, TrainerConfig(tracker="tensorbord"), folder="x")

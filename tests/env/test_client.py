@@ -177,6 +177,11 @@ def test_sampled_tokens_where_the_server_tells():
         assert tokens.sampled.all() and tokens.ids.shape == (2,) and tokens.logprobs.tolist() == [-0.25, -0.25]
         for fewer in ({}, {"return_token_ids": True}, {"logprobs": True}):
             assert only(ChatClient(server.url, extra=fewer)([state()])).tokens is None
+    with ChatServer(
+        "<search>a film</search> and more", stops=False
+    ) as server:  # it heeds no stop strings: what was cut was sampled, too
+        completion = only(ChatClient(server.url, extra=asks)([state()]))
+        assert (completion.text, completion.tokens) == ("<search>a film</search>", None)
     with ChatServer(lambda body: {"content": "x", "reasoning": "hm"} | {"token_ids": [1]}) as server:
         assert only(ChatClient(server.url, extra=asks)([state()])).tokens is None
 

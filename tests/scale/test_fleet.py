@@ -75,6 +75,21 @@ def test_what_a_worker_cannot_make_is_told():
             Worker(make).exchange([("a", 0)])
 
 
+def test_what_was_done_before_a_failure_is_given_back_and_an_exit_is_told():
+    def play(jobs):
+        for i, one in enumerate(player()(jobs)):
+            if i == 3:
+                sys.exit("enough")
+            yield one
+
+    worker, done = Worker(lambda: play), []
+    with pytest.raises(SwirlError, match="SystemExit: enough"):
+        done += worker.exchange(list(JOBS.values())[:6])[0]
+        while True:
+            done += worker.exchange([])[0]
+    assert len(done) == 3
+
+
 # -- a server
 
 
@@ -133,6 +148,8 @@ def test_the_benchmark_runs(tmp_path):
     assert report["wall"]["requests"] == 160 and report["wall"]["errors"] == report["memory"]["errors"] == 0
     assert len(report["memory"]["megabytes"]) == 10
     assert call("bench", "scale", "--only", "wal") == 2
+    for command in (["generate", "swirl/GSM8K-v0", "--model", "oracle"], ["judge", tmp_path, "--judge", "rules"]):
+        assert call(*command, "--workers", 0) == call(*command, "--workers", 2) == 2
 
 
 # -- a cluster
