@@ -10,6 +10,7 @@ help:
 	@echo "make results    GSM8K over three seeds, into benchmarks/results"
 	@echo "make test       the tests (under 5 minutes, no network, no GPU)"
 	@echo "make test-slow  what make test leaves out, with the real model behind a real server"
+	@echo "make test-gpu   what only an NVIDIA GPU can show, with the python that has a CUDA build of torch: make test-gpu PYTHON=..."
 	@echo "make test-browser  the viewer in Debian's chromium"
 	@echo "make test-adapters  each adapter against the newest release of its package, in an environment of its own"
 	@echo "make docs       the documentation, into site/"
@@ -41,6 +42,9 @@ $(VENV)/.ready-slow: $(VENV)/.ready
 test-slow: $(VENV)/.ready-slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m slow
 
+test-gpu:
+	PYTHONPATH=.:agents:algos:benchmarks:$$PYTHONPATH $(PYTHON) -m pytest -q -rs tests/gpu
+
 $(VENV)/.ready-browser: $(VENV)/.ready
 	@test -x /usr/bin/chromium || { echo "/usr/bin/chromium is missing: apt-get install chromium"; exit 1; }
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[browser]"
@@ -69,4 +73,4 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.PHONY: help demo results test test-slow test-browser test-adapters docs lint
+.PHONY: help demo results test test-slow test-gpu test-browser test-adapters docs lint

@@ -494,6 +494,16 @@ def _one_token(model) -> Any:
     return model(ids, use_cache=True, past_key_values=DynamicCache(config=model.config)).past_key_values
 
 
+def room_for(model) -> int:
+    """Tokens whose keys and values fit into an eighth of the memory that is free on the model's GPU; 0 on other devices."""
+    if model.device.type != "cuda":
+        return 0
+    with torch.inference_mode():
+        layers: list[Any] = _one_token(model).layers
+    a_token = sum(part.nbytes for layer in layers for part in (layer.keys, layer.values))
+    return torch.cuda.mem_get_info(model.device)[0] // (8 * a_token)
+
+
 # -- which models
 
 

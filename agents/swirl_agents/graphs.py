@@ -4,7 +4,9 @@ The graphs of an engine share one memory pool, so together they take what the la
 read before the next one runs. At most `KEPT` are held; the least recently used is dropped.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+import gc
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,9 +58,24 @@ class Graphs:
         pool = None if living is None else living.graph.pool()
         graph = torch.cuda.CUDAGraph()
         # other threads (tools, judges) may use the GPU meanwhile
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+        with (
+            _no_collection(),
+            torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"),
+        ):
             static.logits = static.step()
         static.graph = graph
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Within, no garbage is collected: a graph of an engine that is gone, freed while another is captured, would spoil that one."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 class _Static:

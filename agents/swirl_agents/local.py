@@ -16,10 +16,12 @@ import numpy as np
 import torch
 
 from swirl_agents.batches import Batches
-from swirl_agents.engine import Engine, Request, why_not
+from swirl_agents.engine import Engine, Request, room_for, why_not
 from swirl_agents.rendering import Encoded, Renderer
 from swirl_env.errors import ConfigError
 from swirl_env.types import Completion, Tokens, Transcript
+
+BATCH_TOKENS, CACHE_TOKENS = 32_768, 65_536
 
 
 class LocalPolicy:
@@ -32,9 +34,11 @@ class LocalPolicy:
         temperature: tau; log-probs are those of softmax(logits / tau). 0 is greedy (log-probs then at tau = 1).
         max_new_tokens: cap of one action, in tokens. Both may be changed later, which holds for states asked about from then on.
         seed: for states that carry no seed of their own.
-        batch_tokens: samples x (context + action) tokens that are decoded at once; bounds memory.
+        batch_tokens: samples x (context + action) tokens that are decoded at once; bounds memory. `None`: 32,768, or more on a GPU,
+            what an eighth of the memory holds that is free when the policy first acts.
         cache_tokens: tokens whose keys and values are kept when a state has to wait (for a tool, say); over it, the least
-            recently used are prefilled again. A token takes 2 x layers x key-value heads x head size numbers.
+            recently used are prefilled again. A token takes 2 x layers x key-value heads x head size numbers. `None`: 65,536, or on a GPU as
+            for `batch_tokens`.
         top_logprobs: how many of the likeliest tokens `Completion.alternatives` gives at each place; 0: none.
 
     Examples:
@@ -51,7 +55,7 @@ class LocalPolicy:
 
     def __init__(
         self, model, tokenizer, *, name: str = "local", temperature: float = 1.0, max_new_tokens: int = 64,
-        seed: int = 0, batch_tokens: int = 32_768, cache_tokens: int = 65_536, top_logprobs: int = 0,
+        seed: int = 0, batch_tokens: int | None = None, cache_tokens: int | None = None, top_logprobs: int = 0,
     ):  # fmt: skip
         self.model, self.renderer, self.name = model, Renderer(tokenizer), name
         self.temperature, self.max_new_tokens, self.seed = temperature, max_new_tokens, seed
@@ -99,13 +103,19 @@ class LocalPolicy:
 
     @cached_property
     def _engine(self) -> Engine | Batches:
+        batch_tokens = BATCH_TOKENS if self.batch_tokens is None else self.batch_tokens
         if (reason := why_not(self.model)) is None:
-            return Engine(self.model, self._sample, batch_tokens=self.batch_tokens, cache_tokens=self.cache_tokens)
+            cache_tokens, room = CACHE_TOKENS if self.cache_tokens is None else self.cache_tokens, room_for(self.model)
+            if self.batch_tokens is None:
+                batch_tokens = max(batch_tokens, room)
+            if self.cache_tokens is None:
+                cache_tokens = max(cache_tokens, room)
+            return Engine(self.model, self._sample, batch_tokens=batch_tokens, cache_tokens=cache_tokens)
         warnings.warn(
             f"The rollout engine cannot run this model: {reason}. Whole batches are used, which are slower.",
             stacklevel=4,
         )
-        return Batches(self.model, self._sample, batch_tokens=self.batch_tokens, pad_id=self.renderer.eos_id)
+        return Batches(self.model, self._sample, batch_tokens=batch_tokens, pad_id=self.renderer.eos_id)
 
     def _sample(self, logits: torch.Tensor, rows: Sequence["_Row"]) -> None:
         """Take a token for each row."""

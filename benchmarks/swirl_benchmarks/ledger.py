@@ -11,6 +11,7 @@ import gc
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,16 @@ from swirl_algos.launch import WARM_START, Launch
 from swirl_algos.launch import train as learn
 
 from swirl_benchmarks import evaluate
-from swirl_benchmarks.metrics import Estimate, of_cost, paired_difference, process_score
+from swirl_benchmarks.metrics import Estimate, Value, mean_of, of_cost, paired_difference, process_score
 from swirl_benchmarks.run import RunConfig, maker, parts, run
 from swirl_env.env import ToolEnv
 from swirl_env.errors import ConfigError
 from swirl_env.io import read, write_text
 from swirl_env.types import Trajectory
+
+Acted = dict[tuple[str, str], list[Trajectory]]
+"""(environment measured on, policy) -> its judged trajectories."""
+VALUES: dict[str, Value] = {"outcome": lambda one: one.outcome, "process": process_score}
 
 
 @dataclass(frozen=True)
@@ -37,27 +42,37 @@ class LedgerConfig:
     """Sizes of the reproduction; the defaults are a grid for a GPU."""
 
     envs: tuple[str, ...] = ("swirl/GSM8K-v0", "swirl/HotPotQA-v0")
-    """trained on each, measured on all"""
+    """trained on each"""
+    measured: tuple[str, ...] | None = None
+    """measured on each; none: on those that are trained on"""
+    files: tuple[str, ...] = ()
+    """official files in place of the bundled tasks, each ENV=TRAIN,TEST"""
+    together: bool = False
+    """one warm start, on demonstrations of all that is measured: who has seen neither search nor calculator cannot show transfer"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """of everything that is drawn"""
     model: str = "smollm2-135m"
     """base model"""
     tasks: int = 1000
-    """training questions for stage 1, and as many unseen ones (as many as there are, if fewer)"""
+    """training questions for stage 1 (as many as there are, if fewer)"""
+    unseen: int | None = None
+    """unseen questions of each environment; none: as many as tasks"""
     samples: int = 5
     """trajectories a question"""
     demonstrations: int = 500
-    """for the warm start"""
+    """for the warm start, of each environment that it sees"""
     filters: tuple[str, ...] = ("process", "none", "outcome", "both")
     """of SWiRL; process always runs"""
     limits: tuple[int, ...] = (100, 1000)
     """kept trajectories that SWiRL also learns from alone; those above what was kept are left out"""
-    grpo_updates: int = 500
-    """of GRPO at most; it ends at SWiRL's tokens"""
     judge: str = "rules"
     """as in swirl run"""
+    batch_size: int = 32
+    """episodes at once"""
     sft: SftConfig = field(default_factory=SftConfig)
     swirl: SwirlConfig = field(default_factory=SwirlConfig)
+    grpo: GrpoConfig = field(default_factory=partial(GrpoConfig, updates=500))
+    """its token budget is always what SWiRL sampled, stage 1 included"""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
 
@@ -67,20 +82,73 @@ def ledger(config: LedgerConfig, out: Path, console: Console) -> dict[str, Any]:
     Raises:
         ConfigError: a folder there holds a run with another config.
     """
-    rows: list[dict[str, Any]] = []
-    for env in config.envs:
-        for seed in config.seeds:
-            rows += _one(config, env, seed, out / f"{env.rpartition('/')[2].lower()}-seed{seed}", console)
-    return {"config": asdict(config), "rows": rows}
-
-
-def _one(config: LedgerConfig, env: str, seed: int, folder: Path, console: Console) -> list[dict[str, Any]]:
-    own = RunConfig(
-        env, config.model, config.tasks, config.samples, config.demonstrations, judge=config.judge, seed=seed, sft=config.sft,
-        swirl=config.swirl, trainer=config.trainer,
-    )  # fmt: skip
     if config.swirl.rounds > 1:
         raise ConfigError("The ledger compares one round: leave out --swirl.rounds.")
+    files = _files(config)
+    rows: list[dict[str, Any]] = []
+    pooled: list[dict[str, Any]] = []
+    for env in config.envs:
+        acted: list[Acted] = []
+        for seed in config.seeds:
+            folder = out / f"{env.rpartition('/')[2].lower()}-seed{seed}"
+            made, trajectories = _one(config, files, env, seed, folder, console)
+            rows += made
+            acted.append(trajectories)
+        if len(config.seeds) > 1:
+            pooled += _pooled(env, acted)
+    return {"config": asdict(config), "rows": rows, "pooled": pooled}
+
+
+def _files(config: LedgerConfig) -> dict[str, tuple[str | None, str | None]]:
+    """Of each environment its official files of training and test tasks."""
+    files: dict[str, tuple[str | None, str | None]] = {}
+    for entry in config.files:
+        env, _, both = entry.partition("=")
+        train, _, test = both.partition(",")
+        if not (env and train and test):
+            raise ConfigError(
+                f"--files takes ENV=TRAIN,TEST, such as swirl/GSM8K-v0=train.jsonl,test.jsonl; got {entry!r}."
+            )
+        files[env] = train, test
+    return files
+
+
+def _pooled(env: str, seeds: Sequence[Acted]) -> list[dict[str, Any]]:
+    """Each policy over all seeds that have it: figures, and differences to the warm start and to GRPO, with questions as units (a question's
+    value is the mean over seeds)."""
+    rows = []
+    for measured, name in dict.fromkeys(key for one in seeds for key in one):
+        there = [one for one in seeds if (measured, name) in one]
+
+        def together(policy: str, measured: str = measured, there: Sequence[Acted] = there) -> list[Trajectory]:
+            if any((measured, policy) not in one for one in there):
+                return []
+            return [trajectory for one in there for trajectory in one[measured, policy]]
+
+        mine = together(name)
+        row: dict[str, Any] = {"trained_on": env, "measured_on": measured, "policy": name, "seeds": len(there)}
+        row |= {what: asdict(mean_of(mine, value)) for what, value in VALUES.items()}
+        for rival, key in ((WARM_START, "over_warm_start"), ("grpo", "over_grpo")):
+            if name != rival and (theirs := together(rival)):
+                row[key] = {what: asdict(paired_difference(theirs, mine, value)) for what, value in VALUES.items()}
+        rows.append(row)
+    return rows
+
+
+def _one(
+    config: LedgerConfig, files: dict[str, tuple[str | None, str | None]], env: str, seed: int, folder: Path, console: Console
+) -> tuple[list[dict[str, Any]], Acted]:  # fmt: skip
+    """The rows of one environment and seed, and what was acted for them."""
+    measured = config.measured or config.envs
+    also = tuple(
+        f"{other}={files[other][0]}" if other in files else other for other in measured if config.together and other != env
+    )  # fmt: skip
+    path, test_path = files.get(env, (None, None))
+    own = RunConfig(
+        env, config.model, config.tasks, unseen=config.unseen, samples=config.samples, demonstrations=config.demonstrations, also=also,
+        judge=config.judge, path=path, test_path=test_path, batch_size=config.batch_size, seed=seed, sft=config.sft, swirl=config.swirl,
+        trainer=config.trainer,
+    )  # fmt: skip
     from swirl_algos.checkpoints import NothingToLearn
 
     try:
@@ -100,16 +168,15 @@ def _one(config: LedgerConfig, env: str, seed: int, folder: Path, console: Conso
             launch = Launch(folder, name=f"swirl-{limit}", limit=limit, seed=seed, trainer=config.trainer)
             made.append((f"swirl-{limit}", _try("swirl", launch, config.swirl)))
     stage_1 = acted_tokens(folder)
-    rival = GrpoConfig(
-        learning_rate=config.swirl.learning_rate, beta=config.swirl.beta, max_new_tokens=config.swirl.max_new_tokens,
-        updates=config.grpo_updates, token_budget=stage_1 + trained_tokens(folder, "swirl"),
-    )  # fmt: skip
+    rival = replace(config.grpo, token_budget=stage_1 + trained_tokens(folder, "swirl"))
     # GRPO practises all questions, not those that the judge was pleased with
     everything = folder / "trajectories.jsonl"
     made.append(("grpo", _try("grpo", Launch(everything, name="grpo", seed=seed, trainer=config.trainer), rival)))
-    rows = []
-    for elsewhere in config.envs:
+    rows, everything_acted = [], Acted()
+    for elsewhere in measured:
         warm: list[Trajectory] = []
+        path, test_path = files.get(elsewhere, (None, None))
+        there = replace(own, env=elsewhere, path=path, test_path=test_path)
         for name, why_not in made:
             row: dict[str, Any] = {"trained_on": env, "measured_on": elsewhere, "seed": seed, "policy": name}
             if name == "grpo" or name.startswith("swirl"):
@@ -117,15 +184,15 @@ def _one(config: LedgerConfig, env: str, seed: int, folder: Path, console: Conso
             if why_not:
                 rows.append(row | {"not_trained": why_not})
                 continue
-            acted, figures = _measure(replace(own, env=elsewhere), folder, name)
+            acted, figures = _measure(there, folder, name)
+            everything_acted[elsewhere, name] = acted
             warm = acted if name == WARM_START else warm
             if warm:
                 row["over_warm_start"] = {
-                    "outcome": asdict(paired_difference(warm, acted, lambda one: one.outcome)),
-                    "process": asdict(paired_difference(warm, acted, process_score)),
+                    what: asdict(paired_difference(warm, acted, value)) for what, value in VALUES.items()
                 }
             rows.append(row | figures)
-    return rows
+    return rows, everything_acted
 
 
 def _try(algorithm: str, launch: Launch, config: Any) -> str:
@@ -221,3 +288,14 @@ def print_ledger(report: dict[str, Any], console: Console) -> None:
                 *(str(Estimate(**over[what])) if over else "" for what in ("outcome", "process")), f"{row['sampled_tokens']:,}" if "sampled_tokens" in row else "",
             )  # fmt: skip
         console.print(table)
+    for row in report["pooled"]:
+        figures = ", ".join(f"{what} {Estimate(**row[what])}" for what in VALUES)
+        over = "".join(
+            f"; over {rival}: " + ", ".join(f"{what} {Estimate(**row[key][what]).signed}" for what in VALUES)
+            for key, rival in (("over_warm_start", "warm start"), ("over_grpo", "GRPO"))
+            if key in row
+        )
+        console.print(
+            f"{row['policy']}, trained on {row['trained_on']}, measured on {row['measured_on']}, {row['seeds']} seeds: {figures}{over}",
+            soft_wrap=True,
+        )

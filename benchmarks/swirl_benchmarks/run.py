@@ -10,7 +10,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,11 +47,15 @@ class RunConfig:
     model: str = "smollm2-135m"
     """base model: smollm2-135m, a folder, or a hub name"""
     tasks: int = 64
-    """training questions for stage 1, and as many unseen questions for evaluation (as many as there are, if fewer)"""
+    """training questions for stage 1 (as many as there are, if fewer)"""
+    unseen: int | None = None
+    """unseen questions for evaluation (as many as there are, if fewer); none: as many as tasks"""
     samples: int = 5
     """trajectories a question in stage 1 (the paper: 5)"""
     demonstrations: int = 64
     """gold demonstrations for the warm start, of other training questions; 0: no warm start"""
+    also: tuple[str, ...] = ()
+    """other environments of which the warm start sees as many demonstrations, each ENV or ENV=FILE of official training tasks"""
     filter: str = "process"
     """which trajectories to train on: none, process, outcome or both"""
     judge: str = "rules"
@@ -130,6 +134,13 @@ def run(config: RunConfig, folder: Path, console: Console, command: str = "") ->
 
             gold = folder / "demonstrations.jsonl"
             stages.generate(train, oracle(train_env), shown, gold, name="demonstrate")
+            for other in config.also:
+                elsewhere = elsewhere_of(config, other)
+                there = elsewhere().unwrapped
+                assert isinstance(there, ToolEnv)
+                ids = list(there.task_set.tasks)
+                some = evaluate.choose(ids, min(config.demonstrations, len(ids)), config.seed)
+                stages.generate(elsewhere, oracle(there), some, gold, name=f"demonstrate {other.partition('=')[0]}")
             launch = Launch(gold, model=config.model, name=WARM_START, seed=config.seed, trainer=config.trainer)
             learn("sft", launch, config.sft)
         else:
@@ -190,7 +201,7 @@ def parts(config: RunConfig, train_env: ToolEnv, test_env: ToolEnv) -> tuple[lis
         )
     shuffled = evaluate.choose(train_ids, len(train_ids), config.seed)
     count = min(config.demonstrations, max(len(shuffled) // 2, len(shuffled) - config.tasks))
-    unseen = evaluate.choose(test_ids, min(config.tasks, len(test_ids)), 0)
+    unseen = evaluate.choose(test_ids, min(config.unseen or config.tasks, len(test_ids)), 0)
     return shuffled[:count], shuffled[count : count + config.tasks], unseen
 
 
@@ -247,6 +258,12 @@ def _results(config, env, evaluations, kept, seconds: dict[str, float]) -> dict[
     }
 
 
+def elsewhere_of(config: RunConfig, other: str) -> Callable[[], Any]:
+    """Makes the training environment of an entry of `also`."""
+    env, _, path = other.partition("=")
+    return maker(replace(config, env=env, path=path or None, kwargs="{}", max_steps=None), "train")
+
+
 def maker(config: RunConfig, split: str) -> Callable[[], Any]:
     """Makes the environment of a split, without a judge: a run is judged afterwards."""
     fixed = ("split", "path", "max_steps", "judge", "reward", "malformed_limit")
@@ -265,6 +282,14 @@ def _check(config: RunConfig) -> None:
     for name, minimum in least.items():
         if getattr(config, name) < minimum:
             raise ConfigError(f"{name} must be at least {minimum}, got {getattr(config, name)}.")
+    if config.unseen is not None and config.unseen < 1:
+        raise ConfigError(f"unseen must be at least 1, got {config.unseen}.")
+    if config.also and not config.demonstrations:
+        raise ConfigError(
+            "also adds demonstrations to the warm start, and demonstrations=0 leaves that out: drop one of them."
+        )
+    for other in config.also:
+        elsewhere_of(config, other)()
     check_config(config.sft, "sft.")
     check_config(config.swirl, "swirl.")
     check_config(config.trainer, "trainer.")

@@ -15,8 +15,8 @@ On math        a result makes progress if it is a value of the worked solution t
                solution produces it, rounded as written there, and is not merely a number that the call was given.
 Last step      0 unless it is an answer.
 
-Unknown (`None`) where the task says nothing: a thought or call without a gold path, an answer without gold answers. Nothing can be had
-twice, so the rewards of an episode are bounded: one for each gold step, half of one for each thought between, one for the
+Unknown (`None`) where the task says nothing: a thought or call without a gold path, an answer without gold answers; and a search whose
+result was not shown (an action sampled in stage 2 is never executed; a calculation is worked out here). Nothing can be had twice, so the rewards of an episode are bounded: one for each gold step, half of one for each thought between, one for the
 answer. What it cannot see: whether a query was reasonable that found nothing, and other right paths than the gold one.
 """
 
@@ -25,8 +25,10 @@ from collections import Counter
 from collections.abc import Iterable
 
 from swirl_env import answers
+from swirl_env.errors import ToolError
 from swirl_env.tasks.paragraphs import shows, supporting
-from swirl_env.types import Step, StepView, Task, ToolCall, ToolResult, Verdict
+from swirl_env.tools.calculator import evaluate, show
+from swirl_env.types import Action, Step, StepView, Task, ToolCall, ToolResult, Verdict
 
 NAME = "gold-steps@1"
 
@@ -82,11 +84,26 @@ def _judge(view: StepView) -> Verdict:
         if view.steps and not _gains(task, view.steps[:-1], view.steps[-1]):
             return _verdict(0.0, "a thought after a step that made no progress")
         return _verdict(0.5, "a thought")
-    if view.results is None:
+    results = _worked_out(action) if view.results is None else view.results
+    if results is None:
         return _verdict(None, "the results of the calls were not shown")
-    gains = _gains(task, view.steps, Step(action, view.results))
+    gains = _gains(task, view.steps, Step(action, results))
     share = len(gains) / len(action.calls)
     return _verdict(share, f"brings {', '.join(gains)}" if gains else "brings nothing new of the gold path")
+
+
+def _worked_out(action: Action) -> tuple[ToolResult, ...] | None:
+    """What the calls of an action that was not executed would return: known of calculations alone."""
+    if any(call.name != "calculator" for call in action.calls):
+        return None
+    return tuple(_calculated(str(call.arguments.get("expression", ""))) for call in action.calls)
+
+
+def _calculated(expression: str) -> ToolResult:
+    try:
+        return ToolResult(show(evaluate(expression)))
+    except ToolError as error:
+        return ToolResult(str(error), "tool_error")
 
 
 def rightness(task: Task, answer: str) -> float:

@@ -114,3 +114,18 @@ def test_a_captured_step_is_warmed_up_and_then_replayed(card):
         steps.run(3, partial(step_of, 3, runs), [torch.tensor([1])])
     assert len(runs) == 3  # two to warm up, one captured
     assert [graph.replayed for graph in card.living] == [3]
+
+
+def test_no_garbage_is_collected_while_a_step_is_captured(card, monkeypatch):
+    """A graph freed meanwhile spoils the capture."""
+    inside, graph = [], card.graph
+
+    def noted(*args, **kwargs):
+        inside.append(gc.isenabled())
+        return graph(*args, **kwargs)
+
+    monkeypatch.setattr(card, "graph", noted)
+    gc.enable()
+    Graphs(torch.device("cuda")).run(3, partial(step_of, 3, []), [torch.tensor([1])])
+    assert inside == [False]
+    assert gc.isenabled()

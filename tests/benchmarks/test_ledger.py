@@ -5,7 +5,7 @@ import json
 
 import pytest
 from rich.console import Console
-from swirl_algos.configs import SftConfig, SwirlConfig, TrainerConfig
+from swirl_algos.configs import GrpoConfig, SftConfig, SwirlConfig, TrainerConfig
 from swirl_benchmarks.ledger import LedgerConfig, acted_tokens, ledger, print_ledger, trained_tokens
 
 from swirl_env.errors import ConfigError
@@ -26,8 +26,8 @@ def test_the_grid_goes_on_and_tells_what_could_not_be_trained(tiny, tmp_path, mo
     monkeypatch.syspath_prepend(tmp_path)
     config = LedgerConfig(
         envs=("swirl/GSM8K-v0", "swirl/HotPotQA-v0"), seeds=(0,), model=str(tiny), tasks=3, samples=1, demonstrations=2, filters=("process", "outcome"),
-        limits=(1, 100), grpo_updates=2, judge="evenly:Even", sft=SftConfig(epochs=1), trainer=TrainerConfig(tracker="none"),
-        swirl=SwirlConfig(samples=2, batch_size=1, max_new_tokens=8),
+        limits=(1, 100), judge="evenly:Even", sft=SftConfig(epochs=1), trainer=TrainerConfig(tracker="none"),
+        swirl=SwirlConfig(samples=2, batch_size=1, max_new_tokens=8), grpo=GrpoConfig(updates=2, max_new_tokens=8),
     )  # fmt: skip
     out, said = tmp_path / "ledger", io.StringIO()
     console = Console(file=said, width=200)

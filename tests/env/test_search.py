@@ -346,3 +346,16 @@ def test_search_is_light():
 def test_no_search_module_is_large():
     folder = Path(sys.modules["swirl_env.tools.search"].__file__).parent
     assert all(len(path.read_text().splitlines()) < 250 for path in folder.glob("*.py"))
+
+
+@pytest.mark.parametrize("first", ["", "import jax; "])
+def test_jax_is_left_alone(first, tmp_path):
+    """bm25s runs it at import, where it would take most of a GPU's memory."""
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax" / "__init__.py").write_text("")
+    (tmp_path / "jax" / "lax.py").write_text("raise SystemExit('JAX was run')")
+    code = f"{first}import swirl_env.tools.search.bm25 as one; import jax; assert jax; print(one.bm25s.__version__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

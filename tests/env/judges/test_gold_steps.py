@@ -222,3 +222,20 @@ def test_an_episode_pays_each_part_of_the_path_once(texts):
     calls = sum(s for s, text in zip(scores, texts, strict=True) if text is not None)
     assert calls <= 2 + 2  # two paragraphs, two sub-answers
     assert sum(scores) - calls <= 0.5 * (calls + 1)
+
+
+@pytest.mark.parametrize(
+    ("expressions", "expected"),
+    [(["48/2"], 1.0), (["48*2"], 0.0), (["48/2", "1/0"], 0.5), (["import os"], 0.0), ([], 0.5)],
+)
+def test_a_calculation_that_was_not_executed_is_worked_out(expressions, expected):
+    """Stage 2 samples actions and never executes them."""
+    executed = math(*[(expression, "") for expression in expressions]).action
+    [verdict] = JUDGE([StepView(MATH.question, (), executed, task=MATH)])
+    assert verdict.score == expected
+
+
+def test_a_search_that_was_not_executed_is_unknown_even_beside_a_calculation():
+    calls = ToolCall("calculator", {"expression": "48/2"}), ToolCall("search", {"query": "clips"})
+    [verdict] = JUDGE([StepView(MATH.question, (), Action("", calls=calls), task=MATH)])
+    assert verdict.score is None
