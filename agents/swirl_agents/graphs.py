@@ -1,4 +1,4 @@
-"""Steps of static shapes: on a GPU each is captured as a CUDA graph once, and then launched whole and not kernel by kernel.
+"""Steps of static shapes: on a GPU those that recur are captured as CUDA graphs, and then launched whole and not kernel by kernel.
 
 The graphs of an engine share one memory pool, so together they take what the largest needs, and what a step returns must be
 read before the next one runs. At most `KEPT` are held; the least recently used is dropped.
@@ -13,6 +13,8 @@ import torch
 
 KEPT = 32
 """Captured steps, each with its logits, its mask and some megabytes of the driver's."""
+WORTH = 4
+"""Use of a shape at which it is captured: that costs several runs, and many shapes come once."""
 
 Step = tuple[Callable[[], torch.Tensor], Sequence[torch.Tensor]]
 """What computes float[N, V], and the tensors int64[N] that it reads, as they are where there is nothing to do."""
@@ -41,8 +43,9 @@ class Graphs:
             while len(self._kept) >= KEPT:
                 del self._kept[next(iter(self._kept))]
             static = _Static(*make())
-            if self.device.type == "cuda":
-                self._capture(static)
+        static.uses += 1
+        if self.device.type == "cuda" and static.uses == WORTH:
+            self._capture(static)
         self._kept[shape] = static
         return static.run(values)
 
@@ -54,8 +57,8 @@ class Graphs:
             for _ in range(2):  # what is set up at a first run must not be captured
                 static.step()
         current.wait_stream(self._stream)
-        living = next(iter(self._kept.values()), None)  # a pool ends with its last graph
-        pool = None if living is None else living.graph.pool()
+        living = next((one.graph for one in self._kept.values() if one.graph), None)  # a pool ends with its last graph
+        pool = None if living is None else living.pool()
         graph = torch.cuda.CUDAGraph()
         # other threads (tools, judges) may use the GPU meanwhile
         with (
@@ -82,6 +85,7 @@ class _Static:
     """A step and the tensors that it reads, which stay in their place."""
 
     graph: Any = None
+    uses = 0
     logits: torch.Tensor
 
     def __init__(self, step: Callable[[], torch.Tensor], inputs: Sequence[torch.Tensor]):

@@ -32,7 +32,7 @@ class PrefixStore:
         best, entry = 0, None
         for candidate in self._entries:
             size = min(len(candidate.ids), len(ids) - 1)
-            if size <= best:
+            if size <= best or candidate.ids[best] != ids[best]:  # of thousands, one token tells most apart
                 continue
             differ = np.flatnonzero(candidate.ids[:size] != ids[:size])
             same = int(differ[0]) if len(differ) else size
@@ -45,9 +45,12 @@ class PrefixStore:
 
     def put(self, ids: np.ndarray, layers: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Keep a state; those that it continues are dropped."""
-        self._entries = [
-            e for e in self._entries if not (len(e.ids) <= len(ids) and np.array_equal(e.ids, ids[: len(e.ids)]))
-        ]
+
+        def continued(entry: _Entry) -> bool:
+            size = len(entry.ids)
+            return size <= len(ids) and entry.ids[-1] == ids[size - 1] and np.array_equal(entry.ids, ids[:size])
+
+        self._entries = [entry for entry in self._entries if not continued(entry)]
         self._entries.append(_Entry(ids, layers))
         while len(self._entries) > 1 and sum(len(entry.ids) for entry in self._entries) > self.budget_tokens:
             self._entries.pop(0)

@@ -20,12 +20,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from swirl_agents.attention import attending, differ, grouped, in_eval_mode, obstacle
-from transformers import AttentionInterface
 
 CHUNK_LOGITS = 1 << 25
 """Logits that are held at once: rows of a chunk x vocabulary."""
@@ -110,28 +110,57 @@ class Layout:
         return np.stack([np.concatenate(parts) for parts in zip(*facts, strict=True)])
 
     def block_mask(self, device: torch.device) -> Any:
-        """The same as `flex_attention` wants it; made once."""
+        """The same as `flex_attention` wants it, for a row that is filled up to whole blocks, two at least; made once."""
         key = "flex", device
         if key not in self._masks:
-            from torch.nn.attention.flex_attention import create_block_mask
+            from torch.nn.attention.flex_attention import BlockMask
 
-            tree_T, branch_T, sees_T = torch.tensor(self.token_facts(), device=device)
+            facts = self.token_facts()
+            length = max(2, -(-facts.shape[1] // BLOCK)) * BLOCK
+            filled = np.pad(facts, ((0, 0), (0, length - facts.shape[1])), constant_values=-1)  # a tree of its own
+            tree_T, branch_T, sees_T = torch.tensor(filled, device=device)
 
             def sees(b, h, q, k):
                 trunk = (branch_T[k] == 0) & (k <= sees_T[q])
                 return (tree_T[q] == tree_T[k]) & (trunk | ((branch_T[q] == branch_T[k]) & (k <= q)))
 
-            length = len(tree_T)
-            # compiled on a GPU, so that no T x T mask is held on the way
-            make = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
-            self._masks[key] = make(sees, None, None, length, length, device=str(device))  # type: ignore[assignment]
+            # a row of blocks at a time: no T x T mask is held on the way
+            at_T = torch.arange(length, device=device)
+            rows = [sees(0, 0, some[:, None], at_T).unflatten(1, (-1, BLOCK)) for some in at_T.split(BLOCK)]
+            some_QK = torch.stack([row.any(2).any(0) for row in rows])
+            whole_QK = torch.stack([row.all(2).all(0) for row in rows])
+            self._masks[key] = BlockMask.from_kv_blocks(  # type: ignore[assignment]
+                *_blocks(some_QK & ~whole_QK), *_blocks(whole_QK), BLOCK_SIZE=BLOCK, mask_mod=sees
+            )
         return self._masks[key]
 
     def attend(self, module, query, key, value, scale: float | None) -> torch.Tensor:
         if query.is_cuda:
-            flex = AttentionInterface()["flex_attention"]
-            return flex(module, query, key, value, self.block_mask(query.device), scaling=scale)[0]
+            mask, length = self.block_mask(query.device), query.shape[2]
+            query, key, value = (
+                torch.nn.functional.pad(x, (0, 0, 0, mask.shape[-1] - length)) for x in (query, key, value)
+            )
+            out = _flex()(query, key, value, block_mask=mask, scale=scale, enable_gqa=query.shape[1] > key.shape[1])
+            return out[:, :, :length].transpose(1, 2)
         return _attend(query, key, value, self, scale).transpose(1, 2)
+
+
+BLOCK = 128
+"""Tokens of a block of the block-sparse mask."""
+
+
+@cache
+def _flex() -> Any:
+    """Compiled once for rows of all lengths: each new length would take a minute else."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _blocks(taken_QK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(how many blocks each row of blocks takes, int32[1, 1, Q], and which, int32[1, 1, Q, K], those first)."""
+    order_QK = taken_QK.int().argsort(dim=-1, descending=True, stable=True)
+    return taken_QK.sum(-1).int()[None, None], order_QK.int()[None, None]
 
 
 def _mask(seen: int, lengths: Sequence[int], like: torch.Tensor) -> torch.Tensor:

@@ -91,6 +91,7 @@ class Card:
 @pytest.fixture
 def card(monkeypatch):
     monkeypatch.setattr(graphs, "KEPT", 2)
+    monkeypatch.setattr(graphs, "WORTH", 1)
     monkeypatch.setattr(torch, "cuda", card := Card())
     gc.disable()
     yield card
@@ -114,6 +115,18 @@ def test_a_captured_step_is_warmed_up_and_then_replayed(card):
         steps.run(3, partial(step_of, 3, runs), [torch.tensor([1])])
     assert len(runs) == 3  # two to warm up, one captured
     assert [graph.replayed for graph in card.living] == [3]
+
+
+def test_a_step_is_captured_once_it_has_recurred(card, monkeypatch):
+    monkeypatch.setattr(graphs, "WORTH", 3)
+    steps, runs = Graphs(torch.device("cuda")), []
+    for use, expected in enumerate(([1], [1, 2], [1, 2, 5], [1, 2, 5]), 1):
+        given = steps.run(3, partial(step_of, 3, runs), [torch.tensor([use])])
+        assert [len(runs)] == expected[-1:]
+        assert (len(card.living) == 1) == (use >= 3)
+        assert use >= 3 or given.tolist() == [use, 7, 7]
+    run_all(steps, [4, 4, 4])  # one that is not captured lends no pool, and the pool of the captured one is found
+    assert len({id(pool) for pool in card.pools}) == 1
 
 
 def test_no_garbage_is_collected_while_a_step_is_captured(card, monkeypatch):

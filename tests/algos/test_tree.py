@@ -206,15 +206,29 @@ def test_one_branch_does_not_see_another():
     assert changed == [False, False, True, False]
 
 
-def test_block_mask_is_the_same_tree():
+@pytest.mark.parametrize("trees", [1, 2, 12])
+def test_block_mask_is_the_same_tree(trees):
     from torch.nn.attention.flex_attention import flex_attention
 
     draw = np.random.default_rng(5)
-    [pack] = tree.pack(random_trees(draw, 2, 3, 3), 10_000)
+    [pack] = tree.pack(random_trees(draw, trees, 3, 3), 10_000)
     q, k, v = (torch.randn(1, heads, pack.tokens, 16) for heads in (4, 2, 2))
     dense = tree._attend(q, k, v, pack.layout)
-    flex = flex_attention(q, k, v, block_mask=pack.layout.block_mask(torch.device("cpu")), enable_gqa=True)
+    mask = pack.layout.block_mask(torch.device("cpu"))
+    q, k, v = (torch.nn.functional.pad(x, (0, 0, 0, mask.shape[-1] - pack.tokens)) for x in (q, k, v))
+    flex = flex_attention(q, k, v, block_mask=mask, enable_gqa=True)[:, :, : pack.tokens]
     torch.testing.assert_close(dense, flex, atol=1e-5, rtol=1e-5)
+
+
+def test_a_block_mask_holds_the_blocks_that_are_needed():
+    """A trunk of 5 blocks with a branch of 1 at its third: whole blocks below the diagonal, none above it."""
+    trunk, draw = np.arange(641), np.random.default_rng(0)
+    [pack] = tree.pack([[State(trunk[:384], [draw.integers(0, 99, 129)]), State(trunk, [np.array([7])])]], 10_000)
+    mask = pack.layout.block_mask(torch.device("cpu"))
+    assert mask.shape[-2:] == (896, 896)
+    partial, whole = mask.kv_num_blocks[0, 0], mask.full_kv_num_blocks[0, 0]
+    assert (partial + whole).tolist() == [1, 2, 3, 4, 5, 6, 5]
+    assert whole.tolist() == [0, 1, 2, 3, 4, 3, 0]
 
 
 def test_a_budget_is_kept_and_what_never_fits_is_named():
