@@ -1,14 +1,15 @@
 """The reproduction: `swirl bench ledger`. Base, SFT, SWiRL with each filter, and GRPO at equal sampled tokens, side by side.
 
 For each environment and seed one run folder: `swirl run` to the end (warm start, stage 1, SWiRL with the process filter), then its
-rivals from the same warm start: SFT on the same kept trajectories, SWiRL on what the other filters keep, SWiRL on fewer trajectories, and
-GRPO until it has sampled as many tokens as SWiRL, stage 1 included. All are measured on the same unseen questions of every environment
+rivals from the same warm start: SFT on the same kept trajectories, SWiRL on what the other filters keep, SWiRL on fewer trajectories, SWiRL that
+other judges reward, and GRPO until it has sampled as many tokens as SWiRL, stage 1 included. All are measured on the same unseen questions of every environment
 named, so what is learned on one and helps on another is seen too. What cannot be trained (a filter that leaves nothing, outcomes that
 are all alike) stands in the table with its reason. Everything is skipped where it is done already: the same command goes on.
 """
 
 import gc
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -66,7 +67,9 @@ class LedgerConfig:
     limits: tuple[int, ...] = (100, 1000)
     """kept trajectories that SWiRL also learns from alone; those above what was kept are left out"""
     judge: str = "rules"
-    """as in swirl run"""
+    """as in swirl run: of the filters, of SWiRL's reward, and of the process score"""
+    rewards: tuple[str, ...] = ()
+    """judges that reward SWiRL in its place, on the same kept trajectories: who filters and who rewards, told apart"""
     batch_size: int = 32
     """episodes at once"""
     sft: SftConfig = field(default_factory=SftConfig)
@@ -158,15 +161,13 @@ def _one(
         lost = str(error)
     made = [("base", ""), (WARM_START, ""), ("swirl", lost)]
     made.append(("sft", lost or _try("sft", Launch(folder, name="sft", seed=seed, trainer=config.trainer), config.sft)))
-    for name in config.filters:
-        if name != "process":
-            launch = Launch(folder, name=f"swirl-{name}", filter=name, seed=seed, trainer=config.trainer)
-            made.append((f"swirl-{name}", _try("swirl", launch, config.swirl)))
     kept = len(list(read(folder / "kept.jsonl", Trajectory)))
-    for limit in config.limits:
-        if limit < kept:
-            launch = Launch(folder, name=f"swirl-{limit}", limit=limit, seed=seed, trainer=config.trainer)
-            made.append((f"swirl-{limit}", _try("swirl", launch, config.swirl)))
+    variants: dict[str, dict[str, Any]] = {name: {"filter": name} for name in config.filters if name != "process"}
+    variants |= {str(limit): {"limit": limit} for limit in config.limits if limit < kept}
+    variants |= {f"by-{re.sub(r'[^A-Za-z0-9_-]+', '-', judge)}": {"judge": judge} for judge in config.rewards}
+    for name, settings in variants.items():
+        launch = Launch(folder, name=f"swirl-{name}", seed=seed, trainer=config.trainer, **settings)
+        made.append((f"swirl-{name}", _try("swirl", launch, config.swirl)))
     stage_1 = acted_tokens(folder)
     rival = replace(config.grpo, token_budget=stage_1 + trained_tokens(folder, "swirl"))
     # GRPO practises all questions, not those that the judge was pleased with

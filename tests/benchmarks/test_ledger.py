@@ -26,14 +26,14 @@ def test_the_grid_goes_on_and_tells_what_could_not_be_trained(tiny, tmp_path, mo
     monkeypatch.syspath_prepend(tmp_path)
     config = LedgerConfig(
         envs=("swirl/GSM8K-v0", "swirl/HotPotQA-v0"), seeds=(0,), model=str(tiny), tasks=3, samples=1, demonstrations=2, filters=("process", "outcome"),
-        limits=(1, 100), judge="evenly:Even", sft=SftConfig(epochs=1), trainer=TrainerConfig(tracker="none"),
+        limits=(1, 100), judge="evenly:Even", rewards=("rules",), sft=SftConfig(epochs=1), trainer=TrainerConfig(tracker="none"),
         swirl=SwirlConfig(samples=2, batch_size=1, max_new_tokens=8), grpo=GrpoConfig(updates=2, max_new_tokens=8),
     )  # fmt: skip
     out, said = tmp_path / "ledger", io.StringIO()
     console = Console(file=said, width=200)
     small = ledger(LedgerConfig(**vars(config) | {"envs": config.envs[:1]}), out, console)
     made = {row["policy"]: row for row in small["rows"]}
-    assert list(made) == ["base", "warm_start", "swirl", "sft", "swirl-outcome", "swirl-1", "grpo"]
+    assert list(made) == ["base", "warm_start", "swirl", "sft", "swirl-outcome", "swirl-1", "swirl-by-rules", "grpo"]
     assert "leaves none of the 3 trajectories" in made["swirl-outcome"]["not_trained"]
     assert "All advantages" in made["grpo"]["not_trained"]
     assert made["sft"]["over_warm_start"]["process"]["mean"] == pytest.approx(
