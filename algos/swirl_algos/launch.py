@@ -164,7 +164,9 @@ def chosen(launch: Launch, folder: Path) -> list[Trajectory]:
     elif launch.filter is None and (folder / "kept.jsonl").exists():
         found, source = list(read(folder / "kept.jsonl", Trajectory)), folder / "kept.jsonl"
     else:
-        source = judged_file(folder)
+        unjudged = folder / "trajectories.jsonl"  # enough for a filter that looks at no verdict
+        enough = launch.filter == "none" and unjudged.exists() and not any(folder.glob("judged*.jsonl"))
+        source = unjudged if enough else judged_file(folder)
         found = list(read(source, Trajectory))
     if launch.filter is not None or source.name.startswith("judged"):
         result = keep(launch.filter or "process", found)

@@ -222,6 +222,14 @@ def test_every_algorithm_trains_from_a_run(algorithm, swirl, trained, tmp_path):
     assert "another config (trajectories: '6 (" in swirl(*command, code=2)
 
 
+def test_demonstrations_need_no_verdicts(swirl, tiny, tmp_path):
+    folder = tmp_path / "gold"
+    swirl("generate", "swirl/GSM8K-v0", "--model", "oracle", "--tasks", 2, "--samples", 1, "--out", folder)
+    train = ["train", folder, "--algo", "sft", "--model", tiny, "--epochs", 1, "--trainer.tracker", "none"]
+    assert f"swirl judge {folder} --judge rules" in swirl(*train, code=2)
+    assert "is the trained model" in swirl(*train, "--filter", "none")
+
+
 @pytest.mark.parametrize("left", [("kept.jsonl",), pytest.param((), marks=pytest.mark.slow)])
 def test_rounds_go_on_where_they_stopped(left, swirl, trained, tmp_path):
     command = [
