@@ -269,7 +269,9 @@ class ToolEnv(gym.Env[str, str]):
         process = 0.0 if verdict is None or verdict.score is None else verdict.score
         outcome: float | None = 0.0
         if self._done:
-            info["outcome"] = outcome = self.task_set.outcome(self.task, parsed.answer)
+            # a tool that broke down says nothing of the policy
+            outcome = None if self.stop == "error" else self.task_set.outcome(self.task, parsed.answer)
+            info["outcome"] = outcome
         if self.reward == "process":
             reward = process
         elif self.reward == "outcome":

@@ -10,6 +10,7 @@ Safetensors and JSON only: loading runs no code. A folder gets its name when it 
 then, so a process that is killed, or a full disk, leaves the last good one.
 """
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -38,7 +39,7 @@ class NothingToLearn(TrainingError):
 
 
 def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
-    """Make a folder whole or not at all. Raises `TrainingError` where the disk is full, and leaves nothing behind."""
+    """Make a folder whole or not at all. Raises `TrainingError` where it cannot be written, and leaves nothing behind."""
     if folder.exists() and not complete(folder):
         raise TrainingError(f"{folder} exists and is no model: it is not replaced. Give another name.")
     part = folder.with_name(folder.name + ".part")
@@ -48,8 +49,10 @@ def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
         write(part)
     except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
         shutil.rmtree(part, ignore_errors=True)
+        full = not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise TrainingError(
-            f"{folder} could not be written: {error}. The last good checkpoint is intact; make room and give the same command again."
+            f"{folder} could not be written: {error}. The last good checkpoint is intact; {'make room' if full else 'mend that'} and give "
+            "the same command again."
         ) from error
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)

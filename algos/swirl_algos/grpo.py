@@ -44,7 +44,8 @@ def train(trainer: Trainer, make_env: Callable[[], gym.Env], tasks: Sequence[str
         costs = np.array([sum(next(penalty) for _ in episode.acts) for episode in episodes])
         groups = [slice(g, g + config.samples) for g in range(0, len(episodes), config.samples)]
         learnable = len(groups) - flat([one for one in outcomes[group] if not np.isnan(one)] for group in groups)
-        trainer.check_signal(int(trainer.total({"learnable": learnable})["learnable"]))
+        counts = {"groups": learnable, "known": int(np.count_nonzero(~np.isnan(outcomes))), "asked": len(outcomes)}
+        trainer.check_signal(**{name: int(value) for name, value in trainer.total(counts).items()})
         values = [
             value for group in groups for value in advantages(outcomes[group], config.baseline, config.normalise, costs[group])
         ]  # fmt: skip

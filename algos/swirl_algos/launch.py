@@ -64,7 +64,8 @@ class Launch:
     """who acts in rounds after the first: endpoint:URL of a vLLM server, which loads each round's adapter (needs lora_rank); none: this
     process"""
     filter: str | None = None
-    """which judged trajectories to train on: none, process, outcome or both; not given: kept.jsonl, else process"""
+    """which judged trajectories to train on: none, process, outcome or both; not given: kept.jsonl, else process. Also what each further
+    round keeps"""
     limit: int | None = None
     """so many of them, drawn by the seed; none: all"""
     seed: int = 0
@@ -122,6 +123,11 @@ def train(algorithm: str, launch: Launch, config: Any, open_judge: Callable[[str
     target, place = folder / name, folder / "training" / name
     recorded = read_claim(folder / "run.json") if (folder / "run.json").exists() else {}
     trajectories = chosen(launch, folder)
+    if getattr(config, "rounds", 1) > 1 and launch.filter is None and (folder / "kept.jsonl").exists():
+        raise ConfigError(
+            f"Each further round filters anew, and which filter made {folder / 'kept.jsonl'} is not known: give it with --filter "
+            f"({', '.join(FILTERS)})."
+        )
     start = launch.model or _start(folder, recorded, trajectories)
     judge_name = None if algorithm == "sft" else launch.judge or recorded.get("judge") or "rules"
     settings = {"algorithm": algorithm, **lasting(launch), "run": launch.run.name, **lasting(config)} | {
@@ -134,6 +140,8 @@ def train(algorithm: str, launch: Launch, config: Any, open_judge: Callable[[str
     if complete(target):
         _say(f"{target} is complete.", first)
         return target
+    if target.exists():
+        raise ConfigError(f"{target} exists and is no model: it is not replaced. Give another --name.")
     judge = None if judge_name is None else _judge(judge_name, launch.judge is not None, trajectories, open_judge)
     if algorithm == "swirl":
         assert judge is not None

@@ -8,6 +8,7 @@ where states and actions come from and what the advantage of each is, stays in t
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import repeat
 from typing import Any
@@ -20,6 +21,7 @@ from swirl_algos import tree
 from swirl_algos.configs import PolicyConfig
 from swirl_algos.losses import adapted, kl_loss, policy_loss, token_weights
 from swirl_algos.trainer import Trainer
+from swirl_env.types import Step, Trajectory
 
 
 class PolicyGradient:
@@ -172,6 +174,30 @@ def layout_for(model) -> Callable[..., Iterator[tree.Pack]]:
         return tree.pack
     warnings.warn(f"This model cannot be packed: {reason}. Plain rows are used, which are slower.", stacklevel=4)
     return tree.plain
+
+
+def spelled(renderer: Renderer, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+    """The trajectories, without token ids that do not spell their actions: another model's. Those actions are tokenised anew, with a
+    warning."""
+
+    def own(step: Step) -> Step:
+        if step.tokens is None:
+            return step
+        text = renderer.decode(step.tokens.action_ids).strip()
+        said = step.action.text.strip()
+        # a server may leave off a stop string in the text, or in the ids
+        alike = text == said or bool(text and said and (said.startswith(text) or text.startswith(said)))
+        return step if alike else replace(step, tokens=None)
+
+    found = [replace(one, steps=tuple(map(own, one.steps))) for one in trajectories]
+    pairs = zip(trajectories, found, strict=True)
+    anew = sum(a.tokens is not b.tokens for old, new in pairs for a, b in zip(old.steps, new.steps, strict=True))
+    if anew:
+        warnings.warn(
+            f"{anew} recorded actions have token ids that are not of this model's tokenizer: their texts are tokenised anew.",
+            stacklevel=3,
+        )
+    return found
 
 
 def _by_tree(trees: Sequence[tree.Tree], known_M: np.ndarray) -> Iterator[tuple[tree.Tree, np.ndarray]]:

@@ -51,7 +51,8 @@ def train(trainer: Trainer, make_env: Callable[[], gym.Env], tasks: Sequence[str
         acts = [one for part in everyone for one in part]
         found = np.full(len(mine), np.nan)
         groups = [[one for one in acts if one[2] == step] for step in {one[2] for one in acts}]
-        trainer.check_signal(len(groups) - flat([one[3] for one in here if not np.isnan(one[3])] for here in groups))
+        learnable = len(groups) - flat([one[3] for one in here if not np.isnan(one[3])] for here in groups)
+        trainer.check_signal(learnable, sum(not np.isnan(one[3]) for one in acts), len(acts))
         for here in groups:
             scores, costs = (np.array([one[part] for one in here]) for part in (3, 4))
             values = advantages(scores, config.baseline, config.normalise, costs)

@@ -15,7 +15,7 @@ from swirl_agents.rendering import Encoded, Renderer
 from swirl_algos import tree
 from swirl_algos.configs import SftConfig
 from swirl_algos.folders import content
-from swirl_algos.policy_gradient import layout_for
+from swirl_algos.policy_gradient import layout_for, spelled
 from swirl_algos.trainer import Trainer, TrainingError, shuffled_batches
 from swirl_algos.tree import State
 from swirl_env.types import Message, Trajectory, Transcript
@@ -53,7 +53,9 @@ def train(trainer: Trainer, trajectories: Sequence[Trajectory], config: SftConfi
         TrainingError: there is nothing to learn from, or the loss is not finite.
     """
     model, renderer = trainer.model, Renderer(trainer.tokenizer)
-    encoded = [row for trajectory in trajectories if trajectory.steps for row in _rows(renderer, trajectory)]
+    encoded = [
+        row for trajectory in spelled(renderer, trajectories) if trajectory.steps for row in _rows(renderer, trajectory)
+    ]
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     fitting = [one for one in encoded if len(one.ids) <= min(context, config.row_tokens)]
     if not fitting:

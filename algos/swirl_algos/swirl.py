@@ -27,7 +27,7 @@ from swirl_algos.advantages import advantages
 from swirl_algos.configs import SwirlConfig
 from swirl_algos.diagnostics import flat, of_actions, repeats, warn_of_rewriting
 from swirl_algos.folders import content
-from swirl_algos.policy_gradient import PolicyGradient
+from swirl_algos.policy_gradient import PolicyGradient, spelled
 from swirl_algos.trainer import Trainer, TrainingError, shuffled_batches
 from swirl_env.grammar import Grammar
 from swirl_env.judges import ask, views
@@ -83,13 +83,14 @@ def train(
     the token cap), `empty`, `too_long` (states without room for an action), `sampled_tokens`.
 
     Raises:
-        TrainingError: no trajectory, no advantage that is not 0 (see `Trainer.check_signal`), a loss that is not finite, or a
-            checkpoint of another run.
+        TrainingError: no trajectory, no advantage that is not 0 or a judge that fell silent (see `Trainer.check_signal`), a loss that is not
+            finite, or a checkpoint of another run.
     """
     usable = [trajectory for trajectory in trajectories if trajectory.steps]
     if not usable:
         raise TrainingError("No trajectory is left to train on. Generate more, or use a filter that keeps some.")
     gradient = PolicyGradient(trainer, config)
+    usable = spelled(gradient.renderer, usable)
     policy = trainer.policy(config.temperature, config.max_new_tokens)
     warn_of_rewriting(policy.renderer)
     batches = shuffled_batches(usable, config.epochs, config.batch_size, trainer.seed)
@@ -108,7 +109,8 @@ def train(
             "states": len(everyone), "too_long": sum(not group for group in everyone),
             "flat_states": flat([one.score for one in group] for group in everyone if group), **of_actions(drawn),
         }  # fmt: skip
-        trainer.check_signal(sum(map(bool, everyone)) - metrics["flat_states"])
+        known = sum(one.score is not None for one in drawn)
+        trainer.check_signal(sum(map(bool, everyone)) - metrics["flat_states"], known, len(drawn))
         values = [one.advantage for group in groups for one in group]
         metrics |= gradient.update(trees, np.array([np.nan if value is None else value for value in values]))
         trainer.log(metrics)

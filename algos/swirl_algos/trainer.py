@@ -48,6 +48,8 @@ LayOut = Callable[[Sequence[tree.Tree], int, torch.device], Iterator[tree.Pack]]
 DOES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 FLAT_UPDATES = 20
 """Updates from the start without one advantage that is not 0, after which training stops."""
+SILENT_UPDATES = 5
+"""Updates in a row without a single known score, after which training stops."""
 
 
 def shuffled_batches(items: Sequence[Item], epochs: int, batch_size: int, seed: int) -> list[list[Item]]:
@@ -122,7 +124,8 @@ class Trainer:
         self.kept: dict[str, Any] = {}
         """What an algorithm wants to find again after a restart, as JSON."""
         self.update, self._moved = 0, False
-        self._flat, self._began = True, time.monotonic()
+        self._flat, self._silent, self._began = True, 0, time.monotonic()
+        self._model = checkpoints.fingerprint(self.model)  # now: layers that were shared out cannot be read
         self._writers: dict[str, Writer] = {}
 
     # -- what algorithms read
@@ -216,7 +219,7 @@ class Trainer:
         """
         facts = {
             "algorithm": algorithm,
-            "model": checkpoints.fingerprint(self.model),
+            "model": self._model,
             "updates": count,
             "seed": self.seed,
             "data": digest(data),
@@ -294,8 +297,24 @@ class Trainer:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
         }
 
-    def check_signal(self, groups: int) -> None:
-        """Stop where there is nothing to learn from: in so many groups of this update (of all processes) rewards differ."""
+    def check_signal(self, groups: int, known: int, asked: int) -> None:
+        """Stop where there is nothing to learn from.
+
+        Args:
+            groups: those of this update (of all processes) in which rewards differ.
+            known: of the scores that were asked for in this update, those that are known.
+            asked: how many were asked for.
+
+        Raises:
+            NothingToLearn: no advantage so far was other than 0.
+            TrainingError: no score was known in the last updates: the judge has failed.
+        """
+        self._silent = self._silent + 1 if asked and not known else 0
+        if self._silent == SILENT_UPDATES:
+            raise TrainingError(
+                f"No score was known in the last {SILENT_UPDATES} updates, up to update {self.update}: the judge (or, for an outcome, the "
+                "environment) gave none. The last checkpoint is intact: mend it, then give the same command again."
+            )
         self._flat = self._flat and not groups
         last = self.update + 1 == self.count or self.kept.get("spent", 0.0) >= 1
         if self._flat and (last or self.update + 1 == FLAT_UPDATES):

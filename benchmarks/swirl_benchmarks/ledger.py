@@ -22,6 +22,7 @@ from swirl_agents.judges import open_judge
 from swirl_algos import stages
 from swirl_algos.configs import GrpoConfig, SftConfig, SwirlConfig, TrainerConfig
 from swirl_algos.filters import NothingKept
+from swirl_algos.folders import read_claim
 from swirl_algos.launch import WARM_START, Launch
 from swirl_algos.launch import train as learn
 
@@ -63,7 +64,7 @@ class LedgerConfig:
     demonstrations: int = 500
     """for the warm start, of each environment that it sees"""
     filters: tuple[str, ...] = ("process", "none", "outcome", "both")
-    """of SWiRL; process always runs"""
+    """of SWiRL; process always runs, and the others learn from no more trajectories than it keeps"""
     limits: tuple[int, ...] = (100, 1000)
     """kept trajectories that SWiRL also learns from alone; those above what was kept are left out"""
     judge: str = "rules"
@@ -74,8 +75,8 @@ class LedgerConfig:
     """episodes at once"""
     sft: SftConfig = field(default_factory=SftConfig)
     swirl: SwirlConfig = field(default_factory=SwirlConfig)
-    grpo: GrpoConfig = field(default_factory=partial(GrpoConfig, updates=500))
-    """its token budget is always what SWiRL sampled, stage 1 included"""
+    grpo: GrpoConfig = field(default_factory=partial(GrpoConfig, updates=10_000))
+    """its token budget is always what SWiRL sampled, stage 1 included; a row that ends with less, for lack of updates, says so"""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
 
@@ -117,23 +118,40 @@ def _files(config: LedgerConfig) -> dict[str, tuple[str | None, str | None]]:
 
 
 def _pooled(env: str, seeds: Sequence[Acted]) -> list[dict[str, Any]]:
-    """Each policy over all seeds that have it: figures, and differences to the warm start and to GRPO, with questions as units (a question's
-    value is the mean over seeds)."""
+    """Each policy over all seeds: figures, and differences to the warm start and of SWiRL to GRPO, at equal tokens.
+
+    Questions are the units (a question's value is the mean over seeds), so an interval speaks of other questions and these trainings; what
+    another seed may give is seen in the differences of each. Where a policy could not be trained it counts as its warm start.
+    """
     rows = []
     for measured, name in dict.fromkeys(key for one in seeds for key in one):
-        there = [one for one in seeds if (measured, name) in one]
+        trained = sum((measured, name) in one for one in seeds)
 
-        def together(policy: str, measured: str = measured, there: Sequence[Acted] = there) -> list[Trajectory]:
-            if any((measured, policy) not in one for one in there):
-                return []
-            return [trajectory for one in there for trajectory in one[measured, policy]]
+        def acted(policy: str, measured: str = measured) -> list[list[Trajectory]]:
+            return [one.get((measured, policy), one[measured, WARM_START]) for one in seeds]
 
-        mine = together(name)
-        row: dict[str, Any] = {"trained_on": env, "measured_on": measured, "policy": name, "seeds": len(there)}
-        row |= {what: asdict(mean_of(mine, value)) for what, value in VALUES.items()}
-        for rival, key in ((WARM_START, "over_warm_start"), ("grpo", "over_grpo")):
-            if name != rival and (theirs := together(rival)):
-                row[key] = {what: asdict(paired_difference(theirs, mine, value)) for what, value in VALUES.items()}
+        mine = acted(name)
+        row: dict[str, Any] = {
+            "trained_on": env,
+            "measured_on": measured,
+            "policy": name,
+            "seeds": len(seeds),
+            "trained": trained,
+        }
+        row |= {what: asdict(mean_of(sum(mine, []), value)) for what, value in VALUES.items()}
+        rivals = {WARM_START: "over_warm_start"} | ({"grpo": "over_grpo"} if name == "swirl" else {})
+        for rival, key in rivals.items():
+            if name != rival and any((measured, rival) in one for one in seeds):
+                theirs = acted(rival)
+                row[key] = {
+                    what: asdict(paired_difference(sum(theirs, []), sum(mine, []), value))
+                    | {
+                        "of_each_seed": [
+                            paired_difference(*pair, value).mean for pair in zip(theirs, mine, strict=True)
+                        ]
+                    }
+                    for what, value in VALUES.items()
+                }
         rows.append(row)
     return rows
 
@@ -154,15 +172,21 @@ def _one(
     )  # fmt: skip
     from swirl_algos.checkpoints import NothingToLearn
 
+    none_kept = lost = ""
     try:
         run(own, folder, console)
-        lost = ""
-    except (NothingKept, NothingToLearn) as error:
+    except NothingKept as error:
+        none_kept = lost = str(error)
+    except NothingToLearn as error:
         lost = str(error)
     made = [("base", ""), (WARM_START, ""), ("swirl", lost)]
-    made.append(("sft", lost or _try("sft", Launch(folder, name="sft", seed=seed, trainer=config.trainer), config.sft)))
+    made.append(
+        ("sft", none_kept or _try("sft", Launch(folder, name="sft", seed=seed, trainer=config.trainer), config.sft))
+    )
     kept = len(list(read(folder / "kept.jsonl", Trajectory)))
-    variants: dict[str, dict[str, Any]] = {name: {"filter": name} for name in config.filters if name != "process"}
+    variants: dict[str, dict[str, Any]] = {
+        name: {"filter": name, "limit": kept or None} for name in config.filters if name != "process"
+    }
     variants |= {str(limit): {"limit": limit} for limit in config.limits if limit < kept}
     variants |= {f"by-{re.sub(r'[^A-Za-z0-9_-]+', '-', judge)}": {"judge": judge} for judge in config.rewards}
     for name, settings in variants.items():
@@ -177,11 +201,19 @@ def _one(
     for elsewhere in measured:
         warm: list[Trajectory] = []
         path, test_path = files.get(elsewhere, (None, None))
-        there = replace(own, env=elsewhere, path=path, test_path=test_path)
+        there = own
+        if elsewhere != env:  # no question of what was trained on is among its unseen ones
+            trained_on = (env if own.path is None else f"{env}={own.path}", *also)
+            there = replace(own, env=elsewhere, path=path, test_path=test_path, also=trained_on)
         for name, why_not in made:
             row: dict[str, Any] = {"trained_on": env, "measured_on": elsewhere, "seed": seed, "policy": name}
             if name == "grpo" or name.startswith("swirl"):
                 row["sampled_tokens"] = trained_tokens(folder, name) + (0 if name == "grpo" else stage_1)
+            if name == "grpo" and not why_not and row["sampled_tokens"] < 0.95 * (rival.token_budget or 0):
+                row["short_of_budget"] = rival.token_budget
+            claimed = folder / "training" / name / "training.json"
+            if claimed.exists():
+                row["trajectories"] = int(read_claim(claimed)["trajectories"].split()[0])
             if why_not:
                 rows.append(row | {"not_trained": why_not})
                 continue
@@ -241,7 +273,8 @@ def _measure(config: RunConfig, folder: Path, name: str) -> tuple[list[Trajector
         from swirl_agents.local import LocalPolicy
         from swirl_agents.models import load_model
 
-        model, tokenizer = load_model(config.model if name == "base" else str(folder / name))
+        # in the precision that swirl run measures in
+        model, tokenizer = load_model(config.model if name == "base" else str(folder / name), training=True)
         return LocalPolicy(
             model, tokenizer, name=name, temperature=config.eval_temperature, max_new_tokens=config.swirl.max_new_tokens, seed=config.seed
         )  # fmt: skip
@@ -259,6 +292,12 @@ def _measure(config: RunConfig, folder: Path, name: str) -> tuple[list[Trajector
     return judged, {key: figures[key] for key in ("n", "outcome", "process", "metrics", "malformed", "steps")}
 
 
+def _over(what: str, of_each_seed: Sequence[float | None], **difference: Any) -> str:
+    """A pooled difference, its interval over questions, and that of each seed."""
+    each = " ".join("unknown" if one is None else f"{one:+.3f}" for one in of_each_seed)
+    return f"{what} {Estimate(**difference).signed} (seeds: {each})"
+
+
 def print_ledger(report: dict[str, Any], console: Console) -> None:
     """A table an environment trained and measured on: a row a policy and seed."""
     rows: Sequence[dict[str, Any]] = report["rows"]
@@ -272,6 +311,7 @@ def print_ledger(report: dict[str, Any], console: Console) -> None:
             "process score",
             "over warm start: outcome",
             "process",
+            "trajectories",
             "sampled tokens",
         ):
             table.add_column(heading, justify="left" if heading == "policy" else "right")
@@ -280,23 +320,25 @@ def print_ledger(report: dict[str, Any], console: Console) -> None:
                 continue
             if "not_trained" in row:
                 table.add_row(
-                    row["policy"], str(row["seed"]), "", row["not_trained"].partition(". ")[0], "", "", "", ""
+                    row["policy"], str(row["seed"]), "", row["not_trained"].partition(". ")[0], "", "", "", "", ""
                 )
                 continue
             over = row.get("over_warm_start") if row["policy"] != WARM_START else None
             table.add_row(
                 row["policy"], str(row["seed"]), str(row["n"]), str(Estimate(**row["outcome"])), str(Estimate(**row["process"])),
-                *(str(Estimate(**over[what])) if over else "" for what in ("outcome", "process")), f"{row['sampled_tokens']:,}" if "sampled_tokens" in row else "",
+                *(str(Estimate(**over[what])) if over else "" for what in ("outcome", "process")), str(row.get("trajectories", "")),
+                f"{row['sampled_tokens']:,}{' (short of its budget)' if 'short_of_budget' in row else ''}" if "sampled_tokens" in row else "",
             )  # fmt: skip
         console.print(table)
     for row in report["pooled"]:
         figures = ", ".join(f"{what} {Estimate(**row[what])}" for what in VALUES)
         over = "".join(
-            f"; over {rival}: " + ", ".join(f"{what} {Estimate(**row[key][what]).signed}" for what in VALUES)
+            f"; over {rival}: " + ", ".join(_over(what, **row[key][what]) for what in VALUES)
             for key, rival in (("over_warm_start", "warm start"), ("over_grpo", "GRPO"))
             if key in row
         )
         console.print(
-            f"{row['policy']}, trained on {row['trained_on']}, measured on {row['measured_on']}, {row['seeds']} seeds: {figures}{over}",
+            f"{row['policy']}, trained on {row['trained_on']}, measured on {row['measured_on']}, {row['trained']} of {row['seeds']} seeds trained: "
+            f"{figures}{over}",
             soft_wrap=True,
         )

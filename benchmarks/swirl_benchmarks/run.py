@@ -169,7 +169,9 @@ def run(config: RunConfig, folder: Path, console: Console, command: str = "") ->
         )
     if not kept.kept:
         raise NothingKept(none_left(config.filter, kept, folder / "judged.jsonl"))
-    learn("swirl", Launch(folder, seed=config.seed, trainer=config.trainer), config.swirl, lambda name: judge)
+    filter = config.filter if config.swirl.rounds > 1 else None  # once it has filtered; further rounds filter anew
+    launch = Launch(folder, filter=filter, seed=config.seed, trainer=config.trainer)
+    learn("swirl", launch, config.swirl, lambda name: judge)
     times.done("swirl")
     model.use(folder / "swirl")
     measure("swirl")
@@ -187,14 +189,19 @@ def run(config: RunConfig, folder: Path, console: Console, command: str = "") ->
 
 
 def parts(config: RunConfig, train_env: ToolEnv, test_env: ToolEnv) -> tuple[list[str], list[str], list[str]]:
-    """Ids of the questions for demonstrations, for stage 1, and for evaluation: no question is in two of them.
+    """Ids of the questions for demonstrations, for stage 1, and for evaluation: no question is in two of them, and none of the last is among
+    the training tasks of this environment or of `also`.
 
     Raises:
         ConfigError: there are too few tasks.
     """
     train_ids, test_ids = list(train_env.task_set.tasks), list(test_env.task_set.tasks)
-    questions = {train_env.task_set.tasks[task_id].question for task_id in train_ids}
-    test_ids = [task_id for task_id in test_ids if test_env.task_set.tasks[task_id].question not in questions]
+    seen = {_plain(train_env.task_set.tasks[task_id].question) for task_id in train_ids}
+    for other in config.also:
+        there = elsewhere_of(config, other)().unwrapped
+        assert isinstance(there, ToolEnv)
+        seen |= {_plain(task.question) for task in there.task_set.tasks.values()}
+    test_ids = [task_id for task_id in test_ids if _plain(test_env.task_set.tasks[task_id].question) not in seen]
     if len(train_ids) < 2 or not test_ids:
         raise ConfigError(
             f"{len(train_ids)} training and {len(test_ids)} unseen test tasks: at least 2 and 1 are needed."
@@ -203,6 +210,10 @@ def parts(config: RunConfig, train_env: ToolEnv, test_env: ToolEnv) -> tuple[lis
     count = min(config.demonstrations, max(len(shuffled) // 2, len(shuffled) - config.tasks))
     unseen = evaluate.choose(test_ids, min(config.unseen or config.tasks, len(test_ids)), 0)
     return shuffled[:count], shuffled[count : count + config.tasks], unseen
+
+
+def _plain(question: str) -> str:
+    return " ".join(question.casefold().split())
 
 
 def show(results: dict[str, Any], console: Console) -> None:

@@ -275,10 +275,46 @@ def test_nothing_to_learn_from_is_told():
     with pytest.raises(TrainingError, match="No trajectory is left"):
         improve(model, TOKENIZER, [], RulesJudge(), GRAMMAR, CONFIG)
     with pytest.raises(TrainingError, match="Is the judge answering"):
-        improve(model, TOKENIZER, GOLD[:1], Unknowing(everything=True), GRAMMAR, CONFIG)
+        improve(model, TOKENIZER, GOLD[:1], Unknowing(everything=True), GRAMMAR, replace(CONFIG, epochs=3))
     with pytest.raises(TrainingError, match="No trajectory to imitate"):
         imitate(model, TOKENIZER, [], SftConfig())
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("sound", [0, 1])
+def test_a_judge_that_falls_silent_stops_the_training(sound):
+    class Mortal(EvenLetters):
+        calls = 0
+
+        def __call__(self, views):
+            self.calls += 1
+            found = [Verdict(i / 10, "", self.name) for i in range(len(views))]
+            return found if self.calls <= sound else [replace(one, score=None) for one in found]
+
+    says = f"No score was known in the last 5 updates, up to update {sound + 4}"
+    with pytest.raises(TrainingError, match=says):
+        improve(tiny_model(TOKENIZER), TOKENIZER, GOLD[:1], Mortal(), GRAMMAR, replace(CONFIG, epochs=40, batch_size=1))
+
+
+def test_token_ids_of_another_tokenizer_are_not_taken_for_ones_own():
+    model = tiny_model(TOKENIZER)
+    policy = LocalPolicy(model, TOKENIZER, max_new_tokens=8, temperature=1.0)
+    own = list(rollout(make_env, policy, [(GOLD[0].task.id, 0)]))
+
+    def shifted(step):
+        ids = np.where(step.tokens.sampled, (step.tokens.ids + 1) % 200, step.tokens.ids)
+        return replace(step, tokens=replace(step.tokens, ids=ids))
+
+    strange = [replace(own[0], steps=tuple(map(shifted, own[0].steps)))]
+    plain = [replace(own[0], steps=tuple(replace(step, tokens=None) for step in own[0].steps))]
+    losses = []
+    for trajectories in (own, strange, plain):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            imitate(copy.deepcopy(model), TOKENIZER, trajectories, SftConfig(epochs=1), log=losses.append)
+        found = [str(one.message) for one in told if "tokenised anew" in str(one.message)]
+        assert bool(found) == (trajectories is strange)
+    assert losses[1]["loss"] == losses[2]["loss"]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step():

@@ -2,11 +2,16 @@
 
 import io
 import json
+from dataclasses import replace
 
+import gymnasium as gym
 import pytest
 from rich.console import Console
+from swirl_agents.rollout import rollout
+from swirl_agents.scripted import oracle
 from swirl_algos.configs import GrpoConfig, SftConfig, SwirlConfig, TrainerConfig
-from swirl_benchmarks.ledger import LedgerConfig, acted_tokens, ledger, print_ledger, trained_tokens
+from swirl_benchmarks.ledger import LedgerConfig, _pooled, acted_tokens, ledger, print_ledger, trained_tokens
+from swirl_benchmarks.run import RunConfig, maker, parts
 
 from swirl_env.errors import ConfigError
 
@@ -36,6 +41,7 @@ def test_the_grid_goes_on_and_tells_what_could_not_be_trained(tiny, tmp_path, mo
     assert list(made) == ["base", "warm_start", "swirl", "sft", "swirl-outcome", "swirl-1", "swirl-by-rules", "grpo"]
     assert "leaves none of the 3 trajectories" in made["swirl-outcome"]["not_trained"]
     assert "All advantages" in made["grpo"]["not_trained"]
+    assert [made[name]["trajectories"] for name in ("swirl", "sft", "swirl-1", "swirl-by-rules")] == [3, 3, 1, 3]
     assert made["sft"]["over_warm_start"]["process"]["mean"] == pytest.approx(
         made["sft"]["process"]["mean"] - made["warm_start"]["process"]["mean"]
     )
@@ -51,3 +57,29 @@ def test_the_grid_goes_on_and_tells_what_could_not_be_trained(tiny, tmp_path, mo
     assert "trained on swirl/GSM8K-v0, measured on swirl/GSM8K-v0" in said.getvalue()
     with pytest.raises(ConfigError, match="another config"):
         ledger(LedgerConfig(**vars(config) | {"tasks": 2}), out, console)
+
+
+def test_unseen_questions_are_in_no_file_that_was_trained_on(tmp_path):
+    config = RunConfig("swirl/GSM8K-v0", tasks=5)
+    envs = [maker(config, split)().unwrapped for split in ("train", "test")]
+    unseen = parts(config, *envs)[2]
+    question = envs[1].task_set.tasks[unseen[0]].question
+    (tmp_path / "other.jsonl").write_text(json.dumps({"question": f" {question.upper()}", "answer": "so\n#### 1"}))
+    also = (f"swirl/GSM8K-v0={tmp_path / 'other.jsonl'}",)
+    assert unseen[0] not in parts(replace(config, also=also), *envs)[2]
+
+
+def test_what_could_not_be_trained_counts_as_its_warm_start():
+    env = gym.make("swirl/GSM8K-v0").unwrapped
+    ids = list(env.task_set.tasks)[:4]
+    right = list(rollout(lambda: gym.make("swirl/GSM8K-v0"), oracle(env), [(one, 0) for one in ids]))
+    wrong = [replace(one, outcome=0.0) for one in right]
+    seeds = [
+        {("e", "warm_start"): wrong, ("e", "swirl"): right, ("e", "grpo"): wrong},
+        {("e", "warm_start"): wrong, ("e", "grpo"): right},
+    ]
+    rows = {row["policy"]: row for row in _pooled("e", seeds)}
+    assert (rows["swirl"]["trained"], rows["swirl"]["seeds"], rows["swirl"]["outcome"]["mean"]) == (1, 2, 0.5)
+    assert rows["swirl"]["over_warm_start"]["outcome"]["of_each_seed"] == [1.0, 0.0]
+    assert rows["swirl"]["over_grpo"]["outcome"]["of_each_seed"] == [1.0, -1.0]
+    assert "over_grpo" not in rows["grpo"] and "over_warm_start" not in rows["warm_start"]

@@ -155,6 +155,7 @@ def test_filter_prints_the_funnel_and_says_where_nothing_is_kept(swirl, tmp_path
         (["filter", "judged.jsonl", "--by", "proces"], "Did you mean 'process'?"),
         (["train", "."], "--algo"),
         (["train", ".", "--algo", "swrl"], "Did you mean 'swirl'?"),
+        (["train", "gold.jsonl", "--algo", "sft", "--model", "x", "--name", "taken"], "taken exists and is no model"),
         (["train", ".", "--algo", "swirl", "--learning-rat", "1"], "--learning-rate"),
         (["train", "gold.jsonl", "--algo", "sft"], "by 'oracle', which is not known as a model to train: name one with --model"),
         (["train", "judged.jsonl", "--algo", "swirl", "--model", "x", "--filter", "none"], "judged by own@7, and rules would score"),
@@ -174,6 +175,7 @@ def test_filter_prints_the_funnel_and_says_where_nothing_is_kept(swirl, tmp_path
 )  # fmt: skip
 def test_bad_input_is_told(arguments, says, swirl, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
     gold = recorded()
     stages.rewrite(tmp_path / "gold.jsonl", [replace(gold, steps=tuple(replace(s, verdict=None) for s in gold.steps))])
     other = [replace(s, verdict=Verdict(1.0, "", "own@7")) for s in gold.steps]
@@ -228,6 +230,11 @@ def test_demonstrations_need_no_verdicts(swirl, tiny, tmp_path):
     train = ["train", folder, "--algo", "sft", "--model", tiny, "--epochs", 1, "--trainer.tracker", "none"]
     assert f"swirl judge {folder} --judge rules" in swirl(*train, code=2)
     assert "is the trained model" in swirl(*train, "--filter", "none")
+
+
+def test_rounds_want_to_know_the_filter(swirl, trained):
+    said = swirl("train", trained, "--algo", "swirl", "--rounds", 2, code=2)
+    assert "give it with --filter (none, process, outcome, both)" in said
 
 
 @pytest.mark.parametrize("left", [("kept.jsonl",), pytest.param((), marks=pytest.mark.slow)])

@@ -119,7 +119,7 @@ def test_every_other_end_is_truncated(kwargs, action, stop, monkeypatch):
             break
     assert (terminated, truncated) == (False, True)
     assert env.unwrapped.stop == stop
-    assert info["outcome"] == 0.0
+    assert info["outcome"] == (None if stop == "error" else 0.0)  # a tool that broke down says nothing of the policy
 
 
 def test_answering_on_the_last_step_terminates():
