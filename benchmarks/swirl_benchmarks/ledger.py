@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -69,6 +69,8 @@ class LedgerConfig:
     """kept trajectories that SWiRL also learns from alone; those above what was kept are left out"""
     judge: str = "rules"
     """as in swirl run: of the filters, of SWiRL's reward, and of the process score"""
+    rivals: tuple[Literal["sft", "grpo"], ...] = ("sft", "grpo")
+    """what SWiRL is compared with"""
     rewards: tuple[str, ...] = ()
     """judges that reward SWiRL in its place, on the same kept trajectories: who filters and who rewards, told apart"""
     batch_size: int = 32
@@ -180,9 +182,9 @@ def _one(
     except NothingToLearn as error:
         lost = str(error)
     made = [("base", ""), (WARM_START, ""), ("swirl", lost)]
-    made.append(
-        ("sft", none_kept or _try("sft", Launch(folder, name="sft", seed=seed, trainer=config.trainer), config.sft))
-    )
+    if "sft" in config.rivals:
+        launch = Launch(folder, name="sft", seed=seed, trainer=config.trainer)
+        made.append(("sft", none_kept or _try("sft", launch, config.sft)))
     kept = len(list(read(folder / "kept.jsonl", Trajectory)))
     variants: dict[str, dict[str, Any]] = {
         name: {"filter": name, "limit": kept or None} for name in config.filters if name != "process"
@@ -196,7 +198,8 @@ def _one(
     rival = replace(config.grpo, token_budget=stage_1 + trained_tokens(folder, "swirl"))
     # GRPO practises all questions, not those that the judge was pleased with
     everything = folder / "trajectories.jsonl"
-    made.append(("grpo", _try("grpo", Launch(everything, name="grpo", seed=seed, trainer=config.trainer), rival)))
+    if "grpo" in config.rivals:
+        made.append(("grpo", _try("grpo", Launch(everything, name="grpo", seed=seed, trainer=config.trainer), rival)))
     rows, everything_acted = [], Acted()
     for elsewhere in measured:
         warm: list[Trajectory] = []
