@@ -181,7 +181,9 @@ def _one(
         none_kept = lost = str(error)
     except NothingToLearn as error:
         lost = str(error)
-    made = [("base", ""), (WARM_START, ""), ("swirl", lost)]
+    made = [(WARM_START, ""), ("swirl", lost)]
+    if config.demonstrations:  # without them the base model is the warm start
+        made.insert(0, ("base", ""))
     if "sft" in config.rivals:
         launch = Launch(folder, name="sft", seed=seed, trainer=config.trainer)
         made.append(("sft", none_kept or _try("sft", launch, config.sft)))
@@ -223,7 +225,7 @@ def _one(
             acted, figures = _measure(there, folder, name)
             everything_acted[elsewhere, name] = acted
             warm = acted if name == WARM_START else warm
-            if warm:
+            if warm and name != WARM_START:
                 row["over_warm_start"] = {
                     what: asdict(paired_difference(warm, acted, value)) for what, value in VALUES.items()
                 }
@@ -297,7 +299,7 @@ def _measure(config: RunConfig, folder: Path, name: str) -> tuple[list[Trajector
 
 def _over(what: str, of_each_seed: Sequence[float | None], **difference: Any) -> str:
     """A pooled difference, its interval over questions, and that of each seed."""
-    each = " ".join("unknown" if one is None else f"{one:+.3f}" for one in of_each_seed)
+    each = " ".join("unknown" if one is None else f"{one:+z.3f}" for one in of_each_seed)
     return f"{what} {Estimate(**difference).signed} (seeds: {each})"
 
 
@@ -326,7 +328,7 @@ def print_ledger(report: dict[str, Any], console: Console) -> None:
                     row["policy"], str(row["seed"]), "", row["not_trained"].partition(". ")[0], "", "", "", "", ""
                 )
                 continue
-            over = row.get("over_warm_start") if row["policy"] != WARM_START else None
+            over = row.get("over_warm_start")
             table.add_row(
                 row["policy"], str(row["seed"]), str(row["n"]), str(Estimate(**row["outcome"])), str(Estimate(**row["process"])),
                 *(str(Estimate(**over[what])) if over else "" for what in ("outcome", "process")), str(row.get("trajectories", "")),

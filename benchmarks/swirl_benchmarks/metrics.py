@@ -39,7 +39,7 @@ class Estimate:
         """As a difference is written."""
         if self.mean is None:
             return "unknown"
-        return f"{self.mean:+.3f}" if self.low is None else f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        return f"{self.mean:+z.3f}" if self.low is None else f"{self.mean:+z.3f} [{self.low:+z.3f}, {self.high:+z.3f}]"
 
 
 def wilson(successes: float, n: int) -> Estimate:
