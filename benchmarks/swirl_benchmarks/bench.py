@@ -22,6 +22,16 @@ def _names(text: str, known: tuple[str, ...], flag: str) -> list[str]:
     return names
 
 
+def _given() -> str:
+    return " ".join(["swirl", *sys.argv[1:]])
+
+
+def _write(path: str | None, figures: dict[str, Any]) -> None:
+    """Figures and the command that made them, if a file was named."""
+    if path:
+        evaluate.write_json(path, {"command": _given(), **figures})
+
+
 def speed(
     *, only: str = ",".join(SPEEDS), small: bool = False, model: str = "smollm2-135m", json: str | None = None,
     plot: str | None = None,
@@ -110,8 +120,7 @@ def speed(
 
         figures["load"] = speed_load.load_figures()
         speed_load.print_load(figures["load"], console())
-    if json:
-        evaluate.write_json(json, figures)
+    _write(json, figures)
 
 
 def retrieval(*, data: Path | None = None, backends: str = "bm25,dense,hybrid", json: str | None = None) -> None:
@@ -130,8 +139,7 @@ def retrieval(*, data: Path | None = None, backends: str = "bm25,dense,hybrid", 
     evaluate.check_target(json)
     report = suite.retrieval(data, backends=chosen)
     suite.print_retrieval(report, console())
-    if json:
-        evaluate.write_json(json, report)
+    _write(json, report)
 
 
 def judges(
@@ -156,8 +164,7 @@ def judges(
     evaluate.check_target(json)
     report = suite.bench_judges({name: open_judge(name) for name in judge}, limit)
     suite.print_judges(report, console())
-    if json:
-        evaluate.write_json(json, report)
+    _write(json, report)
 
 
 def learn(*, seeds: tuple[int, ...] = (0, 1, 2), json: str | None = None) -> None:
@@ -174,8 +181,7 @@ def learn(*, seeds: tuple[int, ...] = (0, 1, 2), json: str | None = None) -> Non
     evaluate.check_target(json)
     report = suite.learn_figures(seeds)
     suite.print_learn(report, console())
-    if json:
-        evaluate.write_json(json, report)
+    _write(json, report)
     if report["missed"]:
         raise SwirlError(f"{len(report['missed'])} of {len(seeds)} seeds missed the goal, told above.")
 
@@ -196,8 +202,7 @@ def ledger(
     evaluate.check_target(json)
     report = suite.ledger(config, out, console())
     suite.print_ledger(report, console())
-    if json:
-        evaluate.write_json(json, report)
+    _write(json, report)
 
 
 def scale(*, only: str = "cluster,wall,memory", json: str | None = None, small: bool = False) -> None:
@@ -224,8 +229,7 @@ def scale(*, only: str = "cluster,wall,memory", json: str | None = None, small: 
             raise UnknownNameError(f"No part of the scale is called {name!r}.{near(name, known)}")
     report = {name: figures(**(short if small else {})) for name in chosen for figures, short in [known[name]]}
     suite.print_scale(report, console())
-    if json:
-        evaluate.write_json(json, report)
+    _write(json, report)
 
 
 def _suite(name: str, about: str, example: str) -> Callable[..., None]:
@@ -240,7 +244,7 @@ def _suite(name: str, about: str, example: str) -> Callable[..., None]:
         results = suite.run_suite(
             name, model, out or Path(f"runs/bench-{name}"), data=data, limit=limit, samples=samples, temperature=temperature,
             max_new_tokens=max_new_tokens, judge=judge, seed=seed, say=lambda text: console().print(text, soft_wrap=True),
-            command=" ".join(["swirl", *sys.argv[1:]]),
+            command=_given(),
         )  # fmt: skip
         suite.print_suite(results, console())
         if json:
