@@ -11,6 +11,10 @@ from contextlib import contextmanager
 import pytest
 from hypothesis import settings
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # a shell has it ignored in what it begins in the background, and the processes of the tests would inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 settings.register_profile("swirl", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("swirl")
 

@@ -135,7 +135,7 @@ def test_ctrl_c_stops_cleanly_says_how_to_go_on_and_keeps_what_was_made(tmp_path
     while not (acted.exists() and acted.stat().st_size > 10_000) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=120)[1]
+    said = process.communicate(timeout=30)[1]
     assert process.returncode == 130
     assert "stopped. What was written is kept; the same command goes on from there." in said
     assert "Traceback" not in said

@@ -195,7 +195,7 @@ def test_a_server_that_stays_down_is_a_sentence_in_time(wiki, fault, says):
     assert says in result.text or "the deadline passed" in result.text  # a busy machine may oversleep the last pause
     assert "Go on with what you know" in result.text
     wiki.faults.clear()
-    assert search(query="big fish").startswith("Big Fish")  # nothing bad was kept
+    assert search_at(wiki)(query="big fish").startswith("Big Fish")  # nothing bad was kept
 
 
 def test_nobody_there(tmp_path, monkeypatch):
