@@ -75,6 +75,26 @@ def _merged(folder: Path, device: str, training: bool) -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(str(folder))
 
 
+def _folder(name: str) -> Path:
+    """Where the model lies; for a hub name, a path that is no folder."""
+    known = [DEFAULT, "oracle", "random", "replay:FILE"]
+    path = Path(_converted() if name == DEFAULT else name).expanduser()
+    if path.is_dir():
+        ggufs = len(list(path.glob("*.gguf")))
+        if ggufs != 1 and not any(path.glob("*.safetensors")):
+            raise ConfigError(
+                f"{name} holds {ggufs} .gguf files and no .safetensors file; one model is needed. Only these two "
+                "formats are loaded (pickle can run code)."
+            )
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists():
+        raise UnknownNameError(
+            f"There is no model folder {name!r}. Known: {DEFAULT}, a folder, or a hub name owner/model."
+        )
+    elif difflib.get_close_matches(name, known, 1):
+        raise UnknownNameError(f"No model is called {name!r}.{near(name, known)}")
+    return path
+
+
 def load_model(name: str, device: str | None = None, training: bool = False) -> tuple[Any, Any]:
     """(model, tokenizer) of `smollm2-135m`, a folder (safetensors, one GGUF file, or a LoRA adapter, which is merged) or a hub name.
 
@@ -87,6 +107,8 @@ def load_model(name: str, device: str | None = None, training: bool = False) -> 
         UnknownNameError: there is no such model (or no network to look for it), with the known names.
         ConfigError: the default model's package is missing, or a folder holds neither safetensors nor GGUF.
     """
+    path = _folder(name)  # before the slow imports: a misspelt name is told at once
+
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -94,32 +116,15 @@ def load_model(name: str, device: str | None = None, training: bool = False) -> 
     logging.disable_progress_bar()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.startswith("cuda") and not training else torch.float32
-    known = [DEFAULT, "oracle", "random", "replay:FILE"]
-    path = Path(_converted() if name == DEFAULT else name).expanduser()
-    if not path.is_dir():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists():
-            raise UnknownNameError(
-                f"There is no model folder {name!r}. Known: {DEFAULT}, a folder, or a hub name owner/model."
-            )
-        if difflib.get_close_matches(name, known, 1):
-            raise UnknownNameError(f"No model is called {name!r}.{near(name, known)}")
     if (path / "adapter_config.json").exists():
         return _merged(path, device, training)
     try:
         if path.is_dir() and not any(path.glob("*.safetensors")):
-            files = sorted(path.glob("*.gguf"))
-            if len(files) != 1:
-                raise ConfigError(
-                    f"{name} holds {len(files)} .gguf files and no .safetensors file; one model is needed. Only these two "
-                    "formats are loaded (pickle can run code)."
-                )
-            model, tokenizer = _dequantised(files[0])
+            model, tokenizer = _dequantised(next(path.glob("*.gguf")))
         else:
             source = str(path) if path.is_dir() else name
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             model = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
-    except ConfigError:
-        raise
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().split("\n")[0]
         raise UnknownNameError(

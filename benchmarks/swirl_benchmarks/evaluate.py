@@ -82,10 +82,11 @@ def make_policy(
         )
         client.check()
         return EndpointPolicy(client, base.grammar)
-    from swirl_agents.local import LocalPolicy
     from swirl_agents.models import load_model
 
     model, tokenizer = load_model(name)
+    from swirl_agents.local import LocalPolicy
+
     return LocalPolicy(model, tokenizer, name=name, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
 
 

@@ -345,9 +345,10 @@ class _Model:
         self._at = str(checkpoint.resolve())
 
     def policy(self, name: str, temperature: float):
+        model, tokenizer = self.model, self.tokenizer
         from swirl_agents.local import LocalPolicy
 
         return LocalPolicy(
-            self.model, self.tokenizer, name=name, temperature=temperature,
+            model, tokenizer, name=name, temperature=temperature,
             max_new_tokens=self.config.swirl.max_new_tokens, seed=self.config.seed,
         )  # fmt: skip

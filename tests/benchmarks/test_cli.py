@@ -167,12 +167,10 @@ def contents(folder):
     return stable, {name: results["policies"][name]["process"] for name in results["policies"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "moments",
-    [
-        ["trajectories.jsonl"],
-        pytest.param(["eval/base.unjudged.jsonl", "training/swirl/candidates.jsonl"], marks=pytest.mark.slow),
-    ],
+    [["trajectories.jsonl"], ["eval/base.unjudged.jsonl", "training/swirl/candidates.jsonl"]],
     ids=["while acting", "before and after"],
 )
 def test_run_end_to_end_resumes_after_kill_and_refuses_another_config(moments, tiny, tmp_path):

@@ -26,6 +26,7 @@ class Even:
 """
 
 
+@pytest.mark.slow
 def test_the_grid_goes_on_and_tells_what_could_not_be_trained(tiny, tmp_path, monkeypatch):
     (tmp_path / "evenly.py").write_text(JUDGE)
     monkeypatch.syspath_prepend(tmp_path)

@@ -399,6 +399,7 @@ def test_settings_that_cannot_work_are_told_at_once(algorithm, flags, says, swir
     assert says in swirl("train", trained, "--algo", algorithm, *flags, code=2)
 
 
+@pytest.mark.slow
 def test_a_module_trains_with_a_judge_in_its_own_process(trained, tiny, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
