@@ -7,6 +7,7 @@ that are shown wherever some such query finds the paragraph.
 
 import copy
 import re
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import permutations
@@ -135,15 +136,19 @@ def oracle(env: ToolEnv) -> Scripted:
         raise ConfigError(
             f"oracle: tasks of {task_set.name} have no gold answer or gold steps (meta: {', '.join(first.meta)})."
         )
-    prompts = {
-        grammar.prompt(task_set.instruction, task.question, env.max_steps): task for task in task_set.tasks.values()
-    }
+    prompts: dict[str, Task] = {}
+    unread, reading = iter(task_set.tasks.values()), threading.Lock()  # tasks may be many, and made when asked for
+
+    def find(prompt: str) -> Task:
+        with reading:
+            while prompt not in prompts:
+                if (task := next(unread, None)) is None:
+                    raise UnknownNameError("oracle: this transcript is of no task of its environment.")
+                prompts[grammar.prompt(task_set.instruction, task.question, env.max_steps)] = task
+            return prompts[prompt]
 
     def act(transcript: Transcript) -> str:
-        prompt = transcript.messages[0].content
-        if prompt not in prompts:
-            raise UnknownNameError("oracle: this transcript is of no task of its environment.")
-        task = prompts[prompt]
+        task = find(transcript.messages[0].content)
         if not task.answers:
             raise ConfigError(f"oracle: the task {task.id} has no gold answer.")
         planner = next((planners[key] for key in planners if key in task.meta), _answer)

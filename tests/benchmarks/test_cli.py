@@ -253,6 +253,7 @@ def test_plain_rows_give_the_same_losses(tiny, tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_judge_behind_a_server_tells_how_often_the_cache_knew(tiny, tmp_path):
     with ChatServer("fine\nGOOD") as server:
         judge = json.dumps(

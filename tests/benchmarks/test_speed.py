@@ -55,6 +55,7 @@ def test_the_curve_is_drawn(tmp_path):
         assert (tmp_path / name).stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_acting_figures_compare_tokens():
     fork = speed_rollout.fork_figures(MODEL, states=2, samples=2, rounds=1)
     assert fork["greedy"]["different"] == 0
@@ -90,6 +91,7 @@ def test_where_greedy_rows_part(got, lead, expected):
     assert speed_rollout._apart(got, [1, 2, 3], lead) == expected
 
 
+@pytest.mark.slow
 def test_gpu_figures_on_a_small_model():
     model = speed_gpu.model_of("cpu", hidden_size=32, intermediate_size=64, num_hidden_layers=2, vocab_size=101)
     report = speed_gpu.gpu_figures(

@@ -142,6 +142,7 @@ def test_a_server_that_dies_ends_the_run_early_and_the_same_command_finishes(tmp
     assert sorted(one.key for one in read(tmp_path / "t.jsonl", Trajectory)) == sorted(JOBS)
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs(tmp_path):
     assert call("bench", "scale", "--only", "wall,memory", "--small", "--json", tmp_path / "s.json") == 0
     report = json.loads((tmp_path / "s.json").read_text())
