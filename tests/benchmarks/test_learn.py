@@ -33,7 +33,7 @@ def test_all_four_learn_from_a_weak_policy(tmp_path, one_thread):
     config = learn.LearnConfig()
     config = replace(
         config, practised=64, samples=2, unseen=64, sft=replace(config.sft, epochs=1), swirl=replace(config.swirl, epochs=2, batch_size=8),
-        reinforce=replace(config.reinforce, updates=6), grpo=replace(config.grpo, updates=12, batch_size=8),
+        reinforce=replace(config.reinforce, updates=4), grpo=replace(config.grpo, updates=8, batch_size=8),
     )  # fmt: skip
     report = learn.learn_figures([0], config, tmp_path)
     [figures] = report["seeds"]
