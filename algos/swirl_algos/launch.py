@@ -92,6 +92,7 @@ def main(
         launch: Annotated[Launch, tyro.conf.arg(name="")], config: Annotated[kind, tyro.conf.arg(name="")]  # type: ignore[valid-type]
     ) -> None:  # fmt: skip
         train(algorithm, launch, config, open_judge)
+        _leave()
 
     about = import_module(f"swirl_algos.{algorithm}").__doc__ or algorithm
     try:
@@ -430,6 +431,13 @@ def local_card() -> str | None:
 
     rank = os.environ.get("LOCAL_RANK")
     return f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else None
+
+
+def _leave() -> None:
+    """End the group of processes: one that exits inside it may abort, its work done (gloo, NCCL)."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _first_process() -> bool:

@@ -1,7 +1,39 @@
-"""A model that the tests of the command share."""
+"""A model that the tests of the command share, and the command in this process: most tests of it need no process of its own."""
+
+import sys
 
 import pytest
 from swirl_agents.testing import tiny_model, tiny_tokenizer
+from swirl_benchmarks import cli
+
+
+@pytest.fixture(scope="session")
+def call():
+    """Runs a command; returns its exit code."""
+
+    def run(*arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["swirl", *map(str, arguments)])
+            try:
+                cli.main()
+            except SystemExit as stop:
+                return stop.code or 0
+        return 0
+
+    return run
+
+
+@pytest.fixture
+def swirl(call, capsys):
+    """Runs a command; returns what it printed, on one line."""
+
+    def checked(*arguments, code=0):
+        found = call(*arguments)
+        said = capsys.readouterr()
+        assert found == code, said.err[-2000:]
+        return " ".join((said.out + said.err).split())
+
+    return checked
 
 
 @pytest.fixture(scope="session")

@@ -146,14 +146,12 @@ def test_what_was_known_before_counts_when_unknown_steps_are_asked_again(recorde
         ({"reply": "so so"}, "does not end in GOOD or BAD"),
     ],
 )
-def test_a_server_that_fails_every_step_fails_the_command(recorded, tmp_path, settings, says):
+def test_a_server_that_fails_every_step_fails_the_command(recorded, swirl, tmp_path, settings, says):
     write(recorded[:4], tmp_path)
     with ChatServer(**{"reply": "fine\nGOOD"} | settings) as server:
         spec = json.dumps({"model": server.url, "retries": 0, "cache": str(tmp_path / "v.db")})
-        command = [sys.executable, "-m", "swirl_benchmarks.cli", "judge", str(tmp_path), "--judge", spec]
-        done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert re.search(f"over the limit of 20%. The last reason: .*{says}.*give the same command again", done.stderr)
+        said = swirl("judge", tmp_path, "--judge", spec, code=2)
+    assert re.search(f"over the limit of 20%. The last reason: .*{says}.*give the same command again", said)
     assert len(keys(tmp_path / "judged-model-endpoint-test@2.jsonl")) == 4
 
 

@@ -35,6 +35,7 @@ def test_work_counts_what_a_pack_holds():
     assert pairs == seen.sum()
 
 
+@pytest.mark.slow
 def test_update_figures():
     [figure] = speed_update.update_figures(MODEL, [(2, 2)], rounds=1)
     assert figure["logprob_difference"] < 1e-4

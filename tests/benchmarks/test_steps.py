@@ -15,7 +15,6 @@ from swirl_agents.rollout import rollout
 from swirl_agents.scripted import Scripted, oracle
 from swirl_agents.testing_server import ChatServer
 from swirl_algos import stages
-from swirl_benchmarks import cli
 from swirl_benchmarks.export import FORMATS, messages, prompt_completion, stepwise, verifiers, verl
 
 import swirl_env  # noqa: F401
@@ -26,32 +25,8 @@ from swirl_env.wrappers import AddTool
 NEW = ("generate", "filter", "train", "export")
 
 
-def call(*arguments):
-    """The exit code of a command in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["swirl", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as stop:
-            return stop.code or 0
-    return 0
-
-
-@pytest.fixture
-def swirl(capsys):
-    """Runs a command; returns what it printed, on one line."""
-
-    def checked(*arguments, code=0):
-        found = call(*arguments)
-        said = capsys.readouterr()
-        assert found == code, said.err[-2000:]
-        return " ".join((said.out + said.err).split())
-
-    return checked
-
-
 @pytest.fixture(scope="module")
-def trained(tiny, tmp_path_factory):
+def trained(call, tiny, tmp_path_factory):
     """A run folder of the tiny model, judged and with all trajectories kept."""
     folder = tmp_path_factory.mktemp("run") / "run"
     generate = ["generate", "swirl/GSM8K-v0", "--model", tiny, "--tasks", 3, "--samples", 2, "--max-steps", 3]
@@ -237,7 +212,8 @@ def test_rounds_want_to_know_the_filter(swirl, trained):
     assert "give it with --filter (none, process, outcome, both)" in said
 
 
-@pytest.mark.parametrize("left", [("kept.jsonl",), pytest.param((), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("left", [("kept.jsonl",), ()])
 def test_rounds_go_on_where_they_stopped(left, swirl, trained, tmp_path):
     command = [
         "--algo",

@@ -5,8 +5,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -317,24 +315,17 @@ def test_ten_megabytes(tmp_path, made, viewer):
         assert len(client.get("/line", params={"at": "large.jsonl", "line": 2}).content) > 10_000_000
 
 
-def swirl(*arguments):
-    command = [sys.executable, "-m", "swirl_benchmarks.cli", "view", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    return done.returncode, " ".join(done.stderr.split())
-
-
-def test_nothing_to_show_is_a_sentence(tmp_path, runs):
+def test_nothing_to_show_is_a_sentence(tmp_path, runs, swirl):
     empty = tmp_path / "empty"
     empty.mkdir()
-    code, said = swirl(empty)
-    assert code == 2 and f"There is no trajectory yet in {empty}" in said and "trajectories.jsonl" in said
-    code, said = swirl(runs / "first", tmp_path / "nowhere")
-    assert code == 2 and f"There is no {tmp_path / 'nowhere'}." in said
+    said = swirl("view", empty, code=2)
+    assert f"There is no trajectory yet in {empty}" in said and "trajectories.jsonl" in said
+    assert f"There is no {tmp_path / 'nowhere'}." in swirl("view", runs / "first", tmp_path / "nowhere", code=2)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        code, said = swirl(runs / "first", "--port", port)
-    assert code == 2 and f"Port {port} of 127.0.0.1 is in use. Give another --port" in said
-    assert swirl(runs / "first", "--port", 70000)[0] == 2
+        said = swirl("view", runs / "first", "--port", port, code=2)
+    assert f"Port {port} of 127.0.0.1 is in use. Give another --port" in said
+    swirl("view", runs / "first", "--port", 70000, code=2)
 
 
 def test_what_can_be_shown_is_shown_beside_an_empty_run(tmp_path, runs, viewer):
