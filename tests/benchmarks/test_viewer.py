@@ -299,6 +299,7 @@ def test_any_value_at_any_place_breaks_nothing(tmp_path, made, viewer):
             assert answer.status_code == 200, (answer.text, row)
 
 
+@pytest.mark.slow
 def test_ten_megabytes(tmp_path, made, viewer):
     long = made("long", result="word " * 2_000_000)
     many = made("many", scores=(1.0,) * 5_000, result="w" * 2_000)
@@ -351,6 +352,7 @@ def resident(process):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
+@pytest.mark.slow
 def test_ten_thousand_trajectories_take_little_memory(tmp_path, made, viewer):
     base = dumps(made("TASK", scores=(1.0, 0.0, 0.5), result="a paragraph of some words " * 40))
     with (tmp_path / "many.jsonl").open("w") as file:
