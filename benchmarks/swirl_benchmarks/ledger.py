@@ -30,7 +30,7 @@ from swirl_benchmarks import evaluate
 from swirl_benchmarks.metrics import Estimate, Value, mean_of, of_cost, paired_difference, process_score
 from swirl_benchmarks.run import RunConfig, maker, parts, run
 from swirl_env.env import ToolEnv
-from swirl_env.errors import ConfigError
+from swirl_env.errors import ConfigError, near
 from swirl_env.io import read, write_text
 from swirl_env.types import Trajectory
 
@@ -49,6 +49,8 @@ class LedgerConfig:
     """measured on each; none: on those that are trained on"""
     files: tuple[str, ...] = ()
     """official files in place of the bundled tasks, each ENV=TRAIN,TEST"""
+    kwargs: tuple[str, ...] = ()
+    """arguments of environments, each ENV=JSON"""
     together: bool = False
     """one warm start, on demonstrations of all that is measured: who has seen neither search nor calculator cannot show transfer"""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -90,14 +92,14 @@ def ledger(config: LedgerConfig, out: Path, console: Console) -> dict[str, Any]:
     """
     if config.swirl.rounds > 1:
         raise ConfigError("The ledger compares one round: leave out --swirl.rounds.")
-    files = _files(config)
+    files, kwargs = _files(config), _kwargs(config)
     rows: list[dict[str, Any]] = []
     pooled: list[dict[str, Any]] = []
     for env in config.envs:
         acted: list[Acted] = []
         for seed in config.seeds:
             folder = out / f"{env.rpartition('/')[2].lower()}-seed{seed}"
-            made, trajectories = _one(config, files, env, seed, folder, console)
+            made, trajectories = _one(config, files, kwargs, env, seed, folder, console)
             rows += made
             acted.append(trajectories)
         if len(config.seeds) > 1:
@@ -105,18 +107,38 @@ def ledger(config: LedgerConfig, out: Path, console: Console) -> dict[str, Any]:
     return {"config": asdict(config), "rows": rows, "pooled": pooled}
 
 
-def _files(config: LedgerConfig) -> dict[str, tuple[str | None, str | None]]:
+def _files(config: LedgerConfig) -> dict[str, tuple[str, str]]:
     """Of each environment its official files of training and test tasks."""
-    files: dict[str, tuple[str | None, str | None]] = {}
-    for entry in config.files:
-        env, _, both = entry.partition("=")
+    files = {}
+    for env, both in _of_each(config, "files", "ENV=TRAIN,TEST, such as swirl/GSM8K-v0=train.jsonl,test.jsonl").items():
         train, _, test = both.partition(",")
-        if not (env and train and test):
-            raise ConfigError(
-                f"--files takes ENV=TRAIN,TEST, such as swirl/GSM8K-v0=train.jsonl,test.jsonl; got {entry!r}."
-            )
+        if not (train and test):
+            raise ConfigError(f"--files takes two files, ENV=TRAIN,TEST; got '{env}={both}'.")
         files[env] = train, test
     return files
+
+
+def _kwargs(config: LedgerConfig) -> dict[str, str]:
+    """Of each environment its arguments, as JSON."""
+    kwargs = _of_each(config, "kwargs", """ENV=JSON, such as 'swirl/GSM8K-v0={"grammar": "paper"}'""")
+    for given in kwargs.values():
+        evaluate.read_kwargs(given)
+    return kwargs
+
+
+def _of_each(config: LedgerConfig, name: str, form: str) -> dict[str, str]:
+    """ENV=VALUE entries of an option, by environment."""
+    found, known = {}, dict.fromkeys((*config.envs, *(config.measured or ())))
+    for entry in getattr(config, name):
+        env, _, value = entry.partition("=")
+        if not (env and value):
+            raise ConfigError(f"--{name} takes {form}; got {entry!r}.")
+        if env not in known:
+            raise ConfigError(
+                f"--{name} names {env}, which is neither trained nor measured on: {', '.join(known)}.{near(env, known)}"
+            )
+        found[env] = value
+    return found
 
 
 def _pooled(env: str, seeds: Sequence[Acted]) -> list[dict[str, Any]]:
@@ -159,7 +181,8 @@ def _pooled(env: str, seeds: Sequence[Acted]) -> list[dict[str, Any]]:
 
 
 def _one(
-    config: LedgerConfig, files: dict[str, tuple[str | None, str | None]], env: str, seed: int, folder: Path, console: Console
+    config: LedgerConfig, files: dict[str, tuple[str, str]], kwargs: dict[str, str], env: str, seed: int, folder: Path,
+    console: Console,
 ) -> tuple[list[dict[str, Any]], Acted]:  # fmt: skip
     """The rows of one environment and seed, and what was acted for them."""
     measured = config.measured or config.envs
@@ -169,7 +192,7 @@ def _one(
     path, test_path = files.get(env, (None, None))
     own = RunConfig(
         env, config.model, config.tasks, unseen=config.unseen, samples=config.samples, demonstrations=config.demonstrations, also=also,
-        judge=config.judge, path=path, test_path=test_path, batch_size=config.batch_size, seed=seed, sft=config.sft, swirl=config.swirl,
+        judge=config.judge, kwargs=kwargs.get(env, "{}"), path=path, test_path=test_path, batch_size=config.batch_size, seed=seed, sft=config.sft, swirl=config.swirl,
         trainer=config.trainer,
     )  # fmt: skip
     from swirl_algos.checkpoints import NothingToLearn
@@ -209,7 +232,12 @@ def _one(
         there = own
         if elsewhere != env:  # no question of what was trained on is among its unseen ones
             trained_on = (env if own.path is None else f"{env}={own.path}", *also)
-            there = replace(own, env=elsewhere, path=path, test_path=test_path, also=trained_on)
+            there = replace(
+                own, env=elsewhere, kwargs=kwargs.get(elsewhere, "{}"), path=path, test_path=test_path, also=trained_on
+            )
+        envs = maker(there, "train")().unwrapped, maker(there, "test")().unwrapped
+        assert isinstance(envs[0], ToolEnv) and isinstance(envs[1], ToolEnv)
+        unseen = parts(there, *envs)[2]
         for name, why_not in made:
             row: dict[str, Any] = {"trained_on": env, "measured_on": elsewhere, "seed": seed, "policy": name}
             if name == "grpo" or name.startswith("swirl"):
@@ -222,7 +250,7 @@ def _one(
             if why_not:
                 rows.append(row | {"not_trained": why_not})
                 continue
-            acted, figures = _measure(there, folder, name)
+            acted, figures = _measure(there, unseen, folder, name)
             everything_acted[elsewhere, name] = acted
             warm = acted if name == WARM_START else warm
             if warm and name != WARM_START:
@@ -264,12 +292,11 @@ def trained_tokens(folder: Path, name: str) -> int:
     return sum(json.loads(line)["sampled_tokens"] for line in lines)
 
 
-def _measure(config: RunConfig, folder: Path, name: str) -> tuple[list[Trajectory], dict[str, Any]]:
+def _measure(
+    config: RunConfig, unseen: Sequence[str], folder: Path, name: str
+) -> tuple[list[Trajectory], dict[str, Any]]:
     """A policy's episodes on the unseen questions of an environment, judged; and their figures."""
-    train, test = maker(config, "train"), maker(config, "test")
-    envs = train().unwrapped, test().unwrapped
-    assert isinstance(envs[0], ToolEnv) and isinstance(envs[1], ToolEnv)
-    unseen = parts(config, *envs)[2]
+    test = maker(config, "test")
     own = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]["env"]
     place = folder / "eval" if config.env == own else folder / "eval" / config.env.rpartition("/")[2].lower()
     acted_file = place / f"{name}.unjudged.jsonl"

@@ -14,6 +14,8 @@ from swirl_benchmarks.ledger import LedgerConfig, _pooled, acted_tokens, ledger,
 from swirl_benchmarks.run import RunConfig, maker, parts
 
 from swirl_env.errors import ConfigError
+from swirl_env.io import read
+from swirl_env.types import Trajectory
 
 JUDGE = """
 from swirl_env.types import Verdict
@@ -84,3 +86,31 @@ def test_what_could_not_be_trained_counts_as_its_warm_start():
     assert rows["swirl"]["over_warm_start"]["outcome"]["of_each_seed"] == [1.0, 0.0]
     assert rows["swirl"]["over_grpo"]["outcome"]["of_each_seed"] == [1.0, -1.0]
     assert "over_grpo" not in rows["grpo"] and "over_warm_start" not in rows["warm_start"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"files": ("swirl/GSM8K-v0",)}, r"--files takes ENV=TRAIN,TEST, such as .*; got 'swirl/GSM8K-v0'"),
+        ({"files": ("swirl/GSM8K-v0=train.jsonl",)}, "--files takes two files"),
+        ({"kwargs": ("swirl/GSM8k-v0={}",)}, "neither trained nor measured on: swirl/GSM8K-v0.*Did you mean"),
+        ({"kwargs": ("swirl/GSM8K-v0={",)}, "--kwargs must be JSON"),
+        ({"kwargs": ('swirl/GSM8K-v0={"split": "test"}',)}, "cannot hold 'split'"),
+    ],
+)
+def test_what_is_said_of_an_environment_must_be_of_one_in_the_grid(settings, says, tmp_path):
+    with pytest.raises(ConfigError, match=says):
+        ledger(LedgerConfig(envs=("swirl/GSM8K-v0",), **settings), tmp_path, Console(file=io.StringIO()))
+
+
+def test_an_environment_has_its_arguments(tiny, tmp_path):
+    config = LedgerConfig(
+        envs=("swirl/Arithmetic-v0",), kwargs=('swirl/Arithmetic-v0={"operators": "+", "count": 9}',), seeds=(0,), model=str(tiny),
+        tasks=2, samples=1, demonstrations=0, filters=(), rivals=(), limits=(), trainer=TrainerConfig(tracker="none"),
+        swirl=SwirlConfig(samples=2, max_new_tokens=4),
+    )  # fmt: skip
+    ledger(config, tmp_path, Console(file=io.StringIO()))
+    [run] = tmp_path.iterdir()
+    for file in ("trajectories.jsonl", "eval/warm_start.jsonl"):
+        asked = list(read(run / file, Trajectory))
+        assert asked and all(one.env.kwargs["operators"] == "+" and one.env.kwargs["count"] == 9 for one in asked)
