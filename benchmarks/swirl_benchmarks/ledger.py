@@ -142,13 +142,14 @@ def _of_each(config: LedgerConfig, name: str, form: str) -> dict[str, str]:
 
 
 def _pooled(env: str, seeds: Sequence[Acted]) -> list[dict[str, Any]]:
-    """Each policy over all seeds: figures, and differences to the warm start and of SWiRL to GRPO, at equal tokens.
+    """Each policy over all seeds: figures, and differences to the warm start, and of SWiRL to each of its rivals (to GRPO: at equal tokens).
 
     Questions are the units (a question's value is the mean over seeds), so an interval speaks of other questions and these trainings; what
     another seed may give is seen in the differences of each. Where a policy could not be trained it counts as its warm start.
     """
     rows = []
-    for measured, name in dict.fromkeys(key for one in seeds for key in one):
+    keys = dict.fromkeys(key for one in seeds for key in one)
+    for measured, name in keys:
         trained = sum((measured, name) in one for one in seeds)
 
         def acted(policy: str, measured: str = measured) -> list[list[Trajectory]]:
@@ -163,11 +164,11 @@ def _pooled(env: str, seeds: Sequence[Acted]) -> list[dict[str, Any]]:
             "trained": trained,
         }
         row |= {what: asdict(mean_of(sum(mine, []), value)) for what, value in VALUES.items()}
-        rivals = {WARM_START: "over_warm_start"} | ({"grpo": "over_grpo"} if name == "swirl" else {})
-        for rival, key in rivals.items():
-            if name != rival and any((measured, rival) in one for one in seeds):
+        rivals = [WARM_START, *(rival for where, rival in keys if where == measured and name == "swirl")]
+        for rival in dict.fromkeys(rivals):
+            if rival not in (name, "base"):
                 theirs = acted(rival)
-                row[key] = {
+                row[f"over_{rival}"] = {
                     what: asdict(paired_difference(sum(theirs, []), sum(mine, []), value))
                     | {
                         "of_each_seed": [
@@ -365,9 +366,9 @@ def print_ledger(report: dict[str, Any], console: Console) -> None:
     for row in report["pooled"]:
         figures = ", ".join(f"{what} {Estimate(**row[what])}" for what in VALUES)
         over = "".join(
-            f"; over {rival}: " + ", ".join(_over(what, **row[key][what]) for what in VALUES)
-            for key, rival in (("over_warm_start", "warm start"), ("over_grpo", "GRPO"))
-            if key in row
+            f"; over {key.removeprefix('over_')}: " + ", ".join(_over(what, **row[key][what]) for what in VALUES)
+            for key in row
+            if key.startswith("over_")
         )
         console.print(
             f"{row['policy']}, trained on {row['trained_on']}, measured on {row['measured_on']}, {row['trained']} of {row['seeds']} seeds trained: "

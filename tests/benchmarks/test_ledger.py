@@ -78,13 +78,18 @@ def test_what_could_not_be_trained_counts_as_its_warm_start():
     right = list(rollout(lambda: gym.make("swirl/GSM8K-v0"), oracle(env), [(one, 0) for one in ids]))
     wrong = [replace(one, outcome=0.0) for one in right]
     seeds = [
-        {("e", "warm_start"): wrong, ("e", "swirl"): right, ("e", "grpo"): wrong},
+        {("e", "warm_start"): wrong, ("e", "swirl"): right, ("e", "swirl-none"): right, ("e", "grpo"): wrong},
         {("e", "warm_start"): wrong, ("e", "grpo"): right},
     ]
     rows = {row["policy"]: row for row in _pooled("e", seeds)}
     assert (rows["swirl"]["trained"], rows["swirl"]["seeds"], rows["swirl"]["outcome"]["mean"]) == (1, 2, 0.5)
     assert rows["swirl"]["over_warm_start"]["outcome"]["of_each_seed"] == [1.0, 0.0]
     assert rows["swirl"]["over_grpo"]["outcome"]["of_each_seed"] == [1.0, -1.0]
+    assert rows["swirl"]["over_swirl-none"]["outcome"]["of_each_seed"] == [
+        0.0,
+        0.0,
+    ]  # neither was trained with the second seed
+    assert "over_swirl" not in rows["swirl-none"]
     assert "over_grpo" not in rows["grpo"] and "over_warm_start" not in rows["warm_start"]
 
 
